@@ -1,0 +1,206 @@
+//! Choosing an adapter and deciding its capability tier once.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use super::GpuOptions;
+use crate::error::{Error, Result};
+
+/// Bytes of immediate data (push constants) a kernel may use.
+pub const IMMEDIATE_BYTES: u32 = 128;
+
+/// What the opened adapter can do, decided once.
+#[derive(Clone, Debug, Serialize)]
+pub struct Tier {
+    /// The adapter's name as the driver gives it.
+    pub name: String,
+    /// Backend, driver and its version.
+    pub driver: String,
+    /// A software driver that runs on the CPU: other kernel variants are fast there.
+    pub cpu: bool,
+    /// 16-bit floats in shaders and storage.
+    pub f16: bool,
+    /// Subgroup operations in compute shaders.
+    pub subgroup: bool,
+    /// Smallest and largest subgroup size.
+    pub subgroup_size: (u32, u32),
+    /// 16×16 or 8×8 matrix units reachable through cooperative matrices.
+    pub cooperative_matrix: bool,
+    /// Timestamp queries.
+    pub timestamps: bool,
+    /// On-disk pipeline cache.
+    pub pipeline_cache: bool,
+    /// Largest storage binding, bytes.
+    pub max_binding: u64,
+    /// Largest buffer, bytes.
+    pub max_buffer: u64,
+    /// Workgroup (shared) memory, bytes.
+    pub shared_bytes: u32,
+    /// Invocations per workgroup.
+    pub max_invocations: u32,
+    /// Alignment of a binding's offset, bytes.
+    pub offset_alignment: u64,
+    #[serde(skip)]
+    pub(crate) cache_key: Option<String>,
+}
+
+impl fmt::Display for Tier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let yes = |b: bool, s: &str| if b { format!(" {s}") } else { String::new() };
+        write!(
+            f,
+            "adapter {} [{}]{}{}{}{}; binding {} MiB, shared {} KiB",
+            self.name,
+            self.driver,
+            yes(self.cpu, "cpu"),
+            yes(self.f16, "f16"),
+            if self.subgroup {
+                format!(" subgroup {}..{}", self.subgroup_size.0, self.subgroup_size.1)
+            } else {
+                String::new()
+            },
+            yes(self.cooperative_matrix, "cooperative-matrix"),
+            self.max_binding >> 20,
+            self.shared_bytes >> 10,
+        )
+    }
+}
+
+/// One line of `devices`.
+#[derive(Clone, Debug, Serialize)]
+pub struct AdapterSummary {
+    /// Position in the list; `--adapter INDEX` takes it.
+    pub index: usize,
+    /// `DiscreteGpu`, `IntegratedGpu`, `Cpu`, …
+    pub kind: String,
+    /// Its capability tier.
+    #[serde(flatten)]
+    pub tier: Tier,
+}
+
+fn instance() -> wgpu::Instance {
+    // Only the backends we run on: asking for GL makes some systems print EGL noise.
+    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+    descriptor.backends = wgpu::Backends::VULKAN | wgpu::Backends::METAL | wgpu::Backends::DX12;
+    wgpu::Instance::new(descriptor)
+}
+
+fn adapters() -> Vec<wgpu::Adapter> {
+    pollster::block_on(instance().enumerate_adapters(wgpu::Backends::all()))
+}
+
+fn usable(adapter: &wgpu::Adapter) -> bool {
+    adapter.features().contains(wgpu::Features::IMMEDIATES)
+        && adapter.limits().max_immediate_size >= IMMEDIATE_BYTES
+}
+
+fn rank(adapter: &wgpu::Adapter) -> u32 {
+    match adapter.get_info().device_type {
+        wgpu::DeviceType::DiscreteGpu => 0,
+        wgpu::DeviceType::IntegratedGpu => 1,
+        wgpu::DeviceType::VirtualGpu => 2,
+        wgpu::DeviceType::Other => 3,
+        wgpu::DeviceType::Cpu => 4,
+    }
+}
+
+fn tier(adapter: &wgpu::Adapter) -> Tier {
+    let (info, limits, features) = (adapter.get_info(), adapter.limits(), adapter.features());
+    Tier {
+        driver: format!("{} {} {}", info.backend, info.driver, info.driver_info)
+            .trim()
+            .to_string(),
+        name: info.name.clone(),
+        cpu: info.device_type == wgpu::DeviceType::Cpu,
+        f16: features.contains(wgpu::Features::SHADER_F16),
+        subgroup: features.contains(wgpu::Features::SUBGROUP),
+        subgroup_size: (info.subgroup_min_size, info.subgroup_max_size),
+        cooperative_matrix: features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX),
+        timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY),
+        pipeline_cache: features.contains(wgpu::Features::PIPELINE_CACHE),
+        max_binding: limits.max_storage_buffer_binding_size,
+        max_buffer: limits.max_buffer_size,
+        shared_bytes: limits.max_compute_workgroup_storage_size,
+        max_invocations: limits.max_compute_invocations_per_workgroup,
+        offset_alignment: u64::from(limits.min_storage_buffer_offset_alignment),
+        cache_key: wgpu::util::pipeline_cache_key(&info),
+    }
+}
+
+/// Every adapter that this machine has, in `--adapter INDEX` order.
+pub fn list_adapters() -> Vec<AdapterSummary> {
+    adapters()
+        .iter()
+        .enumerate()
+        .map(|(index, adapter)| AdapterSummary {
+            index,
+            kind: format!("{:?}", adapter.get_info().device_type),
+            tier: tier(adapter),
+        })
+        .collect()
+}
+
+fn choose(adapters: Vec<wgpu::Adapter>, wanted: Option<&str>) -> Result<wgpu::Adapter> {
+    if adapters.is_empty() {
+        return Err(Error::NoAdapter(
+            "no GPU adapter found: install a Vulkan driver (Linux: `apt install mesa-vulkan-drivers` \
+             or the vendor's driver; Windows: the vendor's driver; macOS has Metal), or run `make train`, \
+             which sets up a software one"
+                .into(),
+        ));
+    }
+    let names: Vec<String> = adapters.iter().map(|a| a.get_info().name).collect();
+    let listing = || {
+        names
+            .iter()
+            .enumerate()
+            .map(|(i, n)| format!("{i}: {n}"))
+            .collect::<Vec<_>>()
+            .join(", ")
+    };
+    let chosen = match wanted {
+        None => adapters
+            .iter()
+            .enumerate()
+            .filter(|(_, a)| usable(a))
+            .min_by_key(|(i, a)| (rank(a), *i))
+            .map(|(i, _)| i),
+        Some(text) => match text.parse::<usize>() {
+            Ok(index) => (index < adapters.len()).then_some(index),
+            Err(_) => names
+                .iter()
+                .position(|n| n.to_lowercase().contains(&text.to_lowercase())),
+        },
+    };
+    let index = chosen.ok_or_else(|| {
+        Error::NoAdapter(match wanted {
+            Some(text) => format!("no adapter `{text}`; this machine has {}", listing()),
+            None => format!("none of this machine's adapters can run compute shaders: {}", listing()),
+        })
+    })?;
+    adapters
+        .into_iter()
+        .nth(index)
+        .ok_or_else(|| Error::NoAdapter("the adapter disappeared".into()))
+}
+
+pub(super) fn open(options: &GpuOptions) -> Result<(wgpu::Device, wgpu::Queue, Tier)> {
+    let adapter = choose(adapters(), options.adapter.as_deref())?;
+    let tier = tier(&adapter);
+    let wanted = wgpu::Features::IMMEDIATES
+        | wgpu::Features::SHADER_F16
+        | wgpu::Features::SUBGROUP
+        | wgpu::Features::TIMESTAMP_QUERY
+        | wgpu::Features::PIPELINE_CACHE;
+    let limits = adapter.limits();
+    let request = wgpu::DeviceDescriptor {
+        label: Some("lavender-wgpu"),
+        required_features: adapter.features() & wanted,
+        required_limits: limits,
+        ..Default::default()
+    };
+    let (device, queue) = pollster::block_on(adapter.request_device(&request))
+        .map_err(|e| Error::NoAdapter(format!("{}: {e}", tier.name)))?;
+    Ok((device, queue, tier))
+}

@@ -1,0 +1,188 @@
+//! Storage buffers from a pool of size classes.
+//!
+//! A dropped buffer goes straight back to the free list: the queue runs dispatches in the order
+//! they were recorded, so a later dispatch may overwrite it without waiting.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use super::{Gpu, lock};
+use crate::error::Error;
+
+/// Bytes of our allocator.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryStats {
+    /// Bytes in live buffers.
+    pub current_bytes: u64,
+    /// Most bytes ever live at once since [`Gpu::reset_peak`].
+    pub peak_bytes: u64,
+    /// Bytes held from the driver, live or free.
+    pub reserved_bytes: u64,
+}
+
+#[derive(Default)]
+struct State {
+    free: HashMap<u64, Vec<wgpu::Buffer>>,
+    stats: MemoryStats,
+}
+
+pub(crate) struct Pool {
+    state: Arc<Mutex<State>>,
+    max_bytes: Option<u64>,
+}
+
+/// A pooled storage buffer; returns to its pool when dropped.
+pub struct Buffer {
+    raw: Option<wgpu::Buffer>,
+    class: u64,
+    pool: Arc<Mutex<State>>,
+}
+
+impl Buffer {
+    /// The wgpu buffer.
+    pub fn raw(&self) -> &wgpu::Buffer {
+        match &self.raw {
+            Some(raw) => raw,
+            // Only `drop` empties the slot.
+            None => unreachable!("a live pooled buffer always holds its wgpu buffer"),
+        }
+    }
+
+    /// Capacity in bytes (its size class).
+    pub fn capacity(&self) -> u64 {
+        self.class
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if let Some(raw) = self.raw.take() {
+            let mut state = lock(&self.pool);
+            state.stats.current_bytes -= self.class;
+            state.free.entry(self.class).or_default().push(raw);
+        }
+    }
+}
+
+/// Size class of `bytes`: quarter steps between powers of two, at least 256 bytes.
+fn size_class(bytes: u64) -> u64 {
+    // 16 spare bytes let kernels read a whole vec4 at the tail.
+    let bytes = (bytes + 16).max(256);
+    let step = (bytes.next_power_of_two() / 8).max(256);
+    bytes.div_ceil(step) * step
+}
+
+impl Pool {
+    pub fn new(max_bytes: Option<u64>) -> Pool {
+        Pool {
+            state: Arc::default(),
+            max_bytes,
+        }
+    }
+
+    pub fn stats(&self) -> MemoryStats {
+        lock(&self.state).stats
+    }
+
+    pub fn reset_peak(&self) {
+        let mut state = lock(&self.state);
+        state.stats.peak_bytes = state.stats.current_bytes;
+    }
+
+    fn take_free(&self, class: u64) -> Option<wgpu::Buffer> {
+        lock(&self.state).free.get_mut(&class).and_then(Vec::pop)
+    }
+
+    fn adopt(&self, raw: wgpu::Buffer, class: u64) -> Buffer {
+        let mut state = lock(&self.state);
+        state.stats.current_bytes += class;
+        state.stats.peak_bytes = state.stats.peak_bytes.max(state.stats.current_bytes);
+        Buffer {
+            raw: Some(raw),
+            class,
+            pool: self.state.clone(),
+        }
+    }
+}
+
+impl Gpu {
+    /// A storage buffer of at least `bytes`; its content is undefined.
+    ///
+    /// When the adapter or the limit has no room, the free lists are given back and the allocation
+    /// is tried once more; after that the error waits for [`Gpu::check`] and dispatches do nothing.
+    pub fn allocate(&self, bytes: u64) -> Buffer {
+        let pool = &self.inner().pool;
+        let class = size_class(bytes);
+        if let Some(raw) = pool.take_free(class) {
+            return pool.adopt(raw, class);
+        }
+        if let Some(raw) = self.create(class).or_else(|| {
+            self.trim();
+            self.create(class)
+        }) {
+            lock(&pool.state).stats.reserved_bytes += class;
+            return pool.adopt(raw, class);
+        }
+        self.inner().faults.set(Error::OutOfMemory {
+            requested: class,
+            in_use: pool.stats().current_bytes,
+            limit: pool.max_bytes,
+        });
+        // A stand-in of the smallest class: with the fault set nothing is dispatched on it.
+        let raw = pool.take_free(256).unwrap_or_else(|| {
+            lock(&pool.state).stats.reserved_bytes += 256;
+            self.create_raw(256)
+        });
+        pool.adopt(raw, 256)
+    }
+
+    fn create(&self, class: u64) -> Option<wgpu::Buffer> {
+        let inner = self.inner();
+        let over = |limit: u64| inner.pool.stats().reserved_bytes + class > limit;
+        if class > inner.tier.max_buffer || inner.pool.max_bytes.is_some_and(over) {
+            return None;
+        }
+        let scope = inner.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+        let raw = self.create_raw(class);
+        pollster::block_on(scope.pop()).is_none().then_some(raw)
+    }
+
+    fn create_raw(&self, size: u64) -> wgpu::Buffer {
+        self.inner().device.create_buffer(&wgpu::BufferDescriptor {
+            label: None,
+            size,
+            usage: wgpu::BufferUsages::STORAGE
+                | wgpu::BufferUsages::COPY_SRC
+                | wgpu::BufferUsages::COPY_DST,
+            mapped_at_creation: false,
+        })
+    }
+
+    /// Gives every free buffer back to the driver.
+    pub fn trim(&self) {
+        self.flush();
+        self.poll_wait(None);
+        self.forget_bind_groups();
+        let mut state = lock(&self.inner().pool.state);
+        let freed: u64 = state
+            .free
+            .drain()
+            .map(|(class, buffers)| class * buffers.len() as u64)
+            .sum();
+        state.stats.reserved_bytes -= freed;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::size_class;
+
+    #[test]
+    fn size_classes_leave_a_vec4_of_room_and_waste_at_most_a_quarter() {
+        for bytes in (1..200_000u64).step_by(37) {
+            let class = size_class(bytes);
+            assert!(class >= bytes + 16 && class % 256 == 0);
+            assert!(class <= 512 || (class as f64) < (bytes + 16) as f64 * 1.26 + 256.0);
+        }
+    }
+}

@@ -1,0 +1,318 @@
+//! The command stream: dispatches recorded into few submissions, each kept short.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::{Buffer, Gpu, Kernel, Tier, lock};
+use crate::error::Error;
+
+/// Aimed length of one submission; watchdogs start at 2 s.
+const TARGET_MILLIS: f64 = 60.0;
+/// Submissions the host may run ahead of the device.
+const IN_FLIGHT: usize = 6;
+/// Bind groups kept before the cache starts anew.
+const BIND_GROUPS: usize = 8192;
+/// Dispatches in a submission at the most, so that the device gets work early.
+const DISPATCHES: u32 = 256;
+
+/// A buffer range that a kernel reads or writes.
+#[derive(Clone, Copy)]
+pub struct Binding<'a> {
+    /// The pooled buffer.
+    pub buffer: &'a Buffer,
+    /// First byte; a multiple of the adapter's offset alignment.
+    pub offset: u64,
+    /// Bytes used; the binding is padded to 16.
+    pub bytes: u64,
+}
+
+type BindKey = (u64, Vec<(wgpu::Buffer, u64, u64)>);
+
+pub(crate) struct Stream {
+    encoder: Option<wgpu::CommandEncoder>,
+    pass: Option<wgpu::ComputePass<'static>>,
+    dispatches: u32,
+    work: u64,
+    bind_groups: HashMap<BindKey, wgpu::BindGroup>,
+    in_flight: VecDeque<wgpu::SubmissionIndex>,
+    /// Work units per millisecond, measured; 0 until the first submission has returned.
+    rate: Arc<AtomicU64>,
+    first_rate: u64,
+}
+
+impl Stream {
+    pub fn new(tier: &Tier) -> Stream {
+        Stream {
+            encoder: None,
+            pass: None,
+            dispatches: 0,
+            work: 0,
+            bind_groups: HashMap::new(),
+            in_flight: VecDeque::new(),
+            rate: Arc::default(),
+            // Work units are about one FLOP: a slow guess until the device has been measured.
+            first_rate: if tier.cpu { 2_000_000 } else { 100_000_000 },
+        }
+    }
+
+    fn budget(&self) -> u64 {
+        let rate = match self.rate.load(Ordering::Relaxed) {
+            0 => self.first_rate,
+            measured => measured,
+        };
+        (rate as f64 * TARGET_MILLIS) as u64
+    }
+}
+
+impl Gpu {
+    /// Records one dispatch of `kernel`; `work` is about its FLOPs, to keep submissions short.
+    ///
+    /// Does nothing while a fault is pending; records a fault for a binding over the limit.
+    pub fn dispatch(
+        &self,
+        kernel: &Kernel,
+        bindings: &[Binding<'_>],
+        immediates: &[u8],
+        groups: [u32; 3],
+        work: u64,
+    ) {
+        let inner = self.inner();
+        if inner.faults.any() || groups.contains(&0) {
+            return;
+        }
+        let limit = inner.tier.max_binding;
+        if let Some(large) = bindings.iter().find(|b| b.bytes > limit) {
+            inner.faults.set(Error::BindingTooLarge {
+                op: kernel.label(),
+                bytes: large.bytes,
+                limit,
+            });
+            return;
+        }
+        let pipeline = match self.pipeline(kernel) {
+            Ok(pipeline) => pipeline,
+            Err(error) => {
+                inner.faults.set(error);
+                return;
+            }
+        };
+        assert_eq!(
+            pipeline.immediate_bytes as usize,
+            immediates.len(),
+            "kernel {}: immediate bytes declared and given differ",
+            kernel.label()
+        );
+        assert_eq!(
+            pipeline.writes.len(),
+            bindings.len(),
+            "kernel {}: bindings declared and given differ",
+            kernel.label()
+        );
+        let key: BindKey = (
+            pipeline.id,
+            bindings
+                .iter()
+                .map(|b| (b.buffer.raw().clone(), b.offset, b.bytes.next_multiple_of(16).max(16)))
+                .collect(),
+        );
+        let mut stream = lock(&inner.stream);
+        if stream.bind_groups.len() >= BIND_GROUPS {
+            stream.bind_groups.clear();
+        }
+        let group = match stream.bind_groups.get(&key) {
+            Some(group) => group.clone(),
+            None => {
+                let entries: Vec<_> = key
+                    .1
+                    .iter()
+                    .enumerate()
+                    .map(|(i, (buffer, offset, size))| wgpu::BindGroupEntry {
+                        binding: i as u32,
+                        resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+                            buffer,
+                            offset: *offset,
+                            size: wgpu::BufferSize::new(*size),
+                        }),
+                    })
+                    .collect();
+                let group = inner.device.create_bind_group(&wgpu::BindGroupDescriptor {
+                    label: None,
+                    layout: &pipeline.layout,
+                    entries: &entries,
+                });
+                stream.bind_groups.insert(key, group.clone());
+                group
+            }
+        };
+        let mut profiler = lock(&inner.profiler);
+        if let Some(writes) = profiler.next(&inner.device, kernel) {
+            // Profiling: a pass of its own for every dispatch.
+            stream.pass = None;
+            let encoder = encoder(&mut stream.encoder, &inner.device);
+            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor {
+                label: None,
+                timestamp_writes: Some(writes.descriptor()),
+            });
+            record(&mut pass, &pipeline.raw, &group, immediates, groups);
+        } else {
+            if stream.pass.is_none() {
+                let pass = encoder(&mut stream.encoder, &inner.device)
+                    .begin_compute_pass(&wgpu::ComputePassDescriptor::default())
+                    .forget_lifetime();
+                stream.pass = Some(pass);
+            }
+            if let Some(pass) = stream.pass.as_mut() {
+                record(pass, &pipeline.raw, &group, immediates, groups);
+            }
+        }
+        let full = profiler.full();
+        drop(profiler);
+        stream.dispatches += 1;
+        stream.work += work.max(10_000);
+        let flush = full || stream.dispatches >= DISPATCHES || stream.work >= stream.budget();
+        drop(stream);
+        if flush {
+            self.flush();
+        }
+    }
+
+    /// Records a buffer copy in stream order; offsets and sizes are multiples of 4.
+    pub(crate) fn copy_raw(
+        &self,
+        from: &wgpu::Buffer,
+        from_offset: u64,
+        to: &wgpu::Buffer,
+        to_offset: u64,
+        bytes: u64,
+    ) {
+        let inner = self.inner();
+        let mut stream = lock(&inner.stream);
+        stream.pass = None;
+        encoder(&mut stream.encoder, &inner.device)
+            .copy_buffer_to_buffer(from, from_offset, to, to_offset, bytes);
+        stream.work += bytes;
+    }
+
+    /// Records a copy of `bytes` between pooled buffers in stream order.
+    pub fn copy(&self, from: &Buffer, from_offset: u64, to: &Buffer, to_offset: u64, bytes: u64) {
+        if !self.inner().faults.any() {
+            let padded = bytes.next_multiple_of(4);
+            self.copy_raw(from.raw(), from_offset, to.raw(), to_offset, padded);
+        }
+    }
+
+    /// Overwrites `buffer` at `offset` with `data`, in stream order.
+    pub fn upload(&self, buffer: &Buffer, offset: u64, data: &[u8]) {
+        if self.inner().faults.any() || data.is_empty() {
+            return;
+        }
+        // Through chunks of a mapped staging buffer: a queue write would overtake dispatches that
+        // are recorded but not submitted and still use this pooled buffer.
+        const CHUNK: usize = 64 << 20;
+        for (i, chunk) in data.chunks(CHUNK).enumerate() {
+            let padded = (chunk.len() as u64).next_multiple_of(4);
+            let staging = self.inner().device.create_buffer(&wgpu::BufferDescriptor {
+                label: Some("upload"),
+                size: padded,
+                usage: wgpu::BufferUsages::MAP_WRITE | wgpu::BufferUsages::COPY_SRC,
+                mapped_at_creation: true,
+            });
+            match staging.get_mapped_range_mut(..) {
+                Ok(mut view) => view.slice(..chunk.len()).copy_from_slice(chunk),
+                Err(error) => {
+                    self.inner().faults.set(Error::Gpu(format!("upload failed: {error}")));
+                    return;
+                }
+            }
+            staging.unmap();
+            let at = offset + (i * CHUNK) as u64;
+            self.copy_raw(&staging, 0, buffer.raw(), at, padded);
+            if data.len() > CHUNK {
+                self.flush();
+            }
+        }
+    }
+
+    /// Fills `bytes` of `buffer` at `offset` with zeros, in stream order.
+    pub fn clear(&self, buffer: &Buffer, offset: u64, bytes: u64) {
+        if self.inner().faults.any() {
+            return;
+        }
+        let inner = self.inner();
+        let mut stream = lock(&inner.stream);
+        stream.pass = None;
+        encoder(&mut stream.encoder, &inner.device).clear_buffer(
+            buffer.raw(),
+            offset,
+            Some(bytes.next_multiple_of(4)),
+        );
+    }
+
+    pub(crate) fn forget_bind_groups(&self) {
+        lock(&self.inner().stream).bind_groups.clear();
+    }
+
+    /// Submits what is recorded; waits only when the host is too many submissions ahead.
+    pub fn flush(&self) -> Option<wgpu::SubmissionIndex> {
+        let inner = self.inner();
+        let mut stream = lock(&inner.stream);
+        stream.pass = None;
+        let mut encoder = stream.encoder.take()?;
+        lock(&inner.profiler).resolve(&mut encoder);
+        let work = std::mem::take(&mut stream.work);
+        stream.dispatches = 0;
+        let index = inner.queue.submit([encoder.finish()]);
+        let (rate, started) = (stream.rate.clone(), Instant::now());
+        let alone = stream.in_flight.is_empty();
+        inner.queue.on_submitted_work_done(move || {
+            let millis = started.elapsed().as_secs_f64() * 1e3;
+            // Only a submission that had the device to itself tells the device's rate.
+            if alone && work > 1_000_000 {
+                let measured = (work as f64 / millis.max(0.01)) as u64;
+                let old = rate.load(Ordering::Relaxed);
+                let blended = if old == 0 { measured } else { (3 * old + measured) / 4 };
+                rate.store(blended.max(1), Ordering::Relaxed);
+            }
+        });
+        stream.in_flight.push_back(index.clone());
+        let oldest = (stream.in_flight.len() > IN_FLIGHT)
+            .then(|| stream.in_flight.pop_front())
+            .flatten();
+        drop(stream);
+        match oldest {
+            Some(oldest) => {
+                self.poll_wait(Some(oldest));
+            }
+            None => {
+                if let Err(error) = inner.device.poll(wgpu::PollType::Poll) {
+                    inner.faults.set(Error::DeviceLost(error.to_string()));
+                }
+            }
+        }
+        Some(index)
+    }
+}
+
+fn encoder<'a>(
+    slot: &'a mut Option<wgpu::CommandEncoder>,
+    device: &wgpu::Device,
+) -> &'a mut wgpu::CommandEncoder {
+    slot.get_or_insert_with(|| device.create_command_encoder(&Default::default()))
+}
+
+fn record(
+    pass: &mut wgpu::ComputePass<'_>,
+    pipeline: &wgpu::ComputePipeline,
+    group: &wgpu::BindGroup,
+    immediates: &[u8],
+    groups: [u32; 3],
+) {
+    pass.set_pipeline(pipeline);
+    pass.set_bind_group(0, group, &[]);
+    if !immediates.is_empty() {
+        pass.set_immediates(0, immediates);
+    }
+    pass.dispatch_workgroups(groups[0], groups[1], groups[2]);
+}

@@ -1,0 +1,13 @@
+//! Diffusion Instruction Tuning on any GPU that wgpu reaches.
+//!
+//! The floors of the house, each importing only floors below it:
+//! [`gpu`] → [`tensor`] → [`ops`] → [`autograd`] → [`nn`] → models → method → training → command line.
+
+pub mod autograd;
+pub mod error;
+pub mod gpu;
+pub mod nn;
+pub mod ops;
+pub mod tensor;
+
+pub use error::{Error, Result};

@@ -1,0 +1,68 @@
+//! Floor 3: pure tensor functions, one file per op, the backward beside the forward.
+//!
+//! A shape error here is a bug in our own code and panics naming the op and the shapes.
+
+pub mod unary;
+
+use crate::gpu::{Binding, Kernel};
+use crate::tensor::{DType, Tensor};
+
+/// Threads in the workgroup of the elementwise kernels.
+pub(crate) const THREADS: u32 = 64;
+
+/// Workgroups per grid dimension that every adapter allows.
+const MAX_GROUPS: u32 = 65_535;
+
+/// Every kernel variant that the ops use, for the test that translates them all.
+pub fn variants() -> Vec<Kernel> {
+    [unary::variants()].concat()
+}
+
+/// Records one dispatch over `tensors` in `@binding` order; `work` is about its FLOPs.
+pub(crate) fn dispatch_work<P: bytemuck::Pod>(
+    kernel: &Kernel,
+    tensors: &[&Tensor],
+    params: &P,
+    groups: [u32; 3],
+    work: u64,
+) {
+    let bindings: Vec<Binding<'_>> = tensors.iter().map(|t| t.binding()).collect();
+    tensors[0]
+        .gpu()
+        .dispatch(kernel, &bindings, bytemuck::bytes_of(params), groups, work);
+}
+
+/// [`dispatch_work`] for memory-bound kernels: the work is taken from the bytes bound.
+pub(crate) fn dispatch<P: bytemuck::Pod>(
+    kernel: &Kernel,
+    tensors: &[&Tensor],
+    params: &P,
+    groups: [u32; 3],
+) {
+    let bytes: u64 = tensors.iter().map(|t| t.bytes()).sum();
+    dispatch_work(kernel, tensors, params, groups, bytes);
+}
+
+/// A grid of at least `groups` workgroups, split over x and y; `wgsl/common/index.wgsl` undoes it.
+pub(crate) fn grid(groups: usize) -> [u32; 3] {
+    let groups = u32::try_from(groups).expect("a grid has fewer than 2^32 workgroups");
+    if groups <= MAX_GROUPS {
+        return [groups, 1, 1];
+    }
+    let y = groups.div_ceil(MAX_GROUPS);
+    [groups.div_ceil(y), y, 1]
+}
+
+/// A grid with one thread for each of `threads`, in workgroups of `size`.
+pub(crate) fn linear_groups(threads: usize, size: u32) -> [u32; 3] {
+    grid(threads.div_ceil(size as usize))
+}
+
+/// Asserts an activation dtype and tells whether it is f16.
+pub(crate) fn is_f16(op: &str, x: &Tensor) -> bool {
+    match x.dtype() {
+        DType::F32 => false,
+        DType::F16 => true,
+        other => panic!("{op}: {other:?} is no activation dtype"),
+    }
+}

@@ -1,0 +1,82 @@
+//! Shared by the test binaries: one GPU, random data, the error metric, fixtures.
+#![allow(dead_code)]
+
+use std::path::PathBuf;
+use std::sync::LazyLock;
+
+use lavender_wgpu::gpu::{Gpu, GpuOptions};
+use lavender_wgpu::tensor::{DType, Tensor};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+static GPU: LazyLock<Gpu> = LazyLock::new(|| {
+    let options = GpuOptions {
+        checked: true,
+        ..GpuOptions::default()
+    };
+    Gpu::new(&options).expect("tests need an adapter: run them through `make test`")
+});
+
+/// The test binary's GPU, with shader bounds checks on.
+pub fn gpu() -> &'static Gpu {
+    &GPU
+}
+
+/// A seeded generator.
+pub fn rng(seed: u64) -> ChaCha8Rng {
+    ChaCha8Rng::seed_from_u64(seed)
+}
+
+/// `n` values uniform in [-1, 1).
+pub fn uniform(rng: &mut ChaCha8Rng, n: usize) -> Vec<f32> {
+    (0..n).map(|_| rng.random_range(-1.0f32..1.0)).collect()
+}
+
+/// Uploads `values` as `dtype` and returns the tensor with the values it really holds.
+pub fn upload(values: &[f32], dtype: DType, shape: &[usize]) -> (Tensor, Vec<f64>) {
+    let bytes = dtype.narrow(values);
+    let held = dtype.widen(&bytes).iter().map(|&v| f64::from(v)).collect();
+    (Tensor::from_bytes(gpu(), &bytes, dtype, shape), held)
+}
+
+/// Normalised mean squared error: Σ(a−b)² / Σb².
+pub fn nmse(actual: &[f32], expected: &[f64]) -> f64 {
+    assert_eq!(actual.len(), expected.len(), "lengths differ");
+    let error: f64 = actual
+        .iter()
+        .zip(expected)
+        .map(|(&a, &e)| (f64::from(a) - e).powi(2))
+        .sum();
+    let norm: f64 = expected.iter().map(|e| e * e).sum();
+    error / norm.max(1e-30)
+}
+
+/// NMSE allowed against an f64 reference: rounding of f32 sums, or of f16 storage.
+pub fn tolerance(dtype: DType) -> f64 {
+    match dtype {
+        DType::F32 => 1e-9,
+        _ => 1e-5,
+    }
+}
+
+/// Asserts that `actual` holds `expected` to the tolerance of its dtype.
+#[track_caller]
+pub fn assert_close(what: &str, actual: &Tensor, expected: &[f64]) {
+    let error = nmse(&actual.to_f32().expect("readable"), expected);
+    let allowed = tolerance(actual.dtype());
+    assert!(error <= allowed, "{what}: NMSE {error:e} > {allowed:e}");
+}
+
+/// Activation dtypes this adapter has.
+pub fn float_types() -> Vec<DType> {
+    if gpu().tier().f16 {
+        vec![DType::F32, DType::F16]
+    } else {
+        vec![DType::F32]
+    }
+}
+
+/// A file or directory of `tests/reference`.
+pub fn reference(path: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/reference").join(path)
+}
