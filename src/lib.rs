@@ -3,8 +3,11 @@
 //! The floors of the house, each importing only floors below it:
 //! [`gpu`] → [`tensor`] → [`ops`] → [`autograd`] → [`nn`] → models → method → training → command line.
 
+pub mod align;
 pub mod autograd;
+pub mod data;
 pub mod error;
+pub mod files;
 pub mod gpu;
 pub mod nn;
 pub mod ops;

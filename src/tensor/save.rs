@@ -1,7 +1,6 @@
 //! Writing safetensors, all or nothing.
 
 use std::collections::HashMap;
-use std::io::Write;
 use std::path::Path;
 
 use safetensors::tensor::TensorView;
@@ -81,22 +80,5 @@ pub fn save_safetensors(
         .collect::<Result<Vec<_>>>()?;
     let bytes = safetensors::serialize(views, metadata)
         .map_err(|e| Error::file(path, format!("cannot be serialised: {e}")))?;
-    write_atomic(path, &bytes)
-}
-
-/// Writes `bytes` to `path`: a temporary file beside it, synced, then renamed over it.
-///
-/// # Errors
-/// [`Error::Io`]; an existing file stays whole.
-pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
-    let io = |e: std::io::Error| Error::io(path, e);
-    let dir = match path.parent() {
-        Some(dir) if !dir.as_os_str().is_empty() => dir,
-        _ => Path::new("."),
-    };
-    let mut file = tempfile::NamedTempFile::new_in(dir).map_err(io)?;
-    file.write_all(bytes).map_err(io)?;
-    file.as_file().sync_all().map_err(io)?;
-    file.persist(path).map_err(|e| Error::io(path, e.error))?;
-    Ok(())
+    crate::files::write_bytes(path, &bytes)
 }

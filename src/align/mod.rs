@@ -1,0 +1,4 @@
+//! The method: words and spans, target store, word maps, aggregation, aligner, loss.
+
+pub mod store;
+pub mod words;

@@ -1,0 +1,320 @@
+//! The target store: every sample's word maps from the diffusion model, on disk.
+//!
+//! Two layouts, told apart when opened:
+//! - ours ([`shards`]): safetensors shards of up to N samples and beside each a JSONL index;
+//! - the published one ([`published`]): `<root>/<image>/lpm_attention/<stem>/attention_<word>.jpg`.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::words::{Case, Word};
+use crate::{Error, Result};
+
+pub mod published;
+pub mod shards;
+
+/// Side of every stored map, R in the method.
+pub const SIDE: usize = 32;
+
+/// How maps are stored in a shard.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MapType {
+    /// Half precision (the default).
+    #[default]
+    F16,
+    /// One byte, 255 for 1.
+    U8,
+}
+
+/// The layout in which targets are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Layout {
+    /// Safetensors shards with a JSONL index.
+    #[default]
+    Shards,
+    /// The public `lpm_attention` folders of JPEG files.
+    Published,
+}
+
+/// What decides a target map beside the sample itself; one store holds one set of options.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TargetOptions {
+    /// Hash of the teacher's weights: see [`hash_of_files`].
+    pub teacher_hash: String,
+    /// `ddim`, `noised` or `null-text`.
+    pub mode: String,
+    /// Trajectory steps.
+    pub steps: usize,
+    /// Layers whose maps are averaged, `16+32` by default.
+    pub layers: String,
+    /// Seed of the noise.
+    pub seed: u64,
+    /// Case of the words.
+    pub case: Case,
+    /// Storage type of the maps.
+    pub maps: MapType,
+}
+
+/// Where the targets were made; recorded with each sample, and free to differ within a store.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Provenance {
+    /// The teacher's directory or name.
+    pub teacher: String,
+    /// The adapter's name.
+    pub adapter: String,
+    /// Its driver and the driver's version.
+    pub driver: String,
+    /// This program's version.
+    pub version: String,
+}
+
+/// The word maps of one sample.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Targets {
+    /// The sample's id, or the image's file name in the published layout.
+    pub id: String,
+    /// The text whose words have maps; empty in the published layout.
+    pub caption: String,
+    /// The words, in text order (alphabetical in the published layout, which has no text).
+    pub words: Vec<Word>,
+    /// One map per word, row-major `[words, 32, 32]`, each in 0…1.
+    pub maps: Vec<f32>,
+}
+
+impl Targets {
+    /// Word `index`'s map, `[32, 32]`.
+    pub fn map(&self, index: usize) -> &[f32] {
+        &self.maps[index * SIDE * SIDE..(index + 1) * SIDE * SIDE]
+    }
+
+    /// The map of a word by its text, compared as it is written in the store.
+    pub fn map_of(&self, word: &str) -> Option<&[f32]> {
+        self.words
+            .iter()
+            .position(|w| w.text == word)
+            .map(|i| self.map(i))
+    }
+}
+
+/// A store of targets, opened for reading.
+#[derive(Debug)]
+pub struct TargetStore(Inner);
+
+#[derive(Debug)]
+enum Inner {
+    Shards(shards::Store),
+    Published(published::Store),
+}
+
+impl TargetStore {
+    /// Opens either layout. Errors: a missing directory, one that holds no targets, a damaged index.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        if !path.is_dir() {
+            std::fs::read_dir(path).map_err(|e| Error::io(path, e))?;
+        }
+        if let Some(store) = shards::Store::open(path)? {
+            return Ok(Self(Inner::Shards(store)));
+        }
+        if let Some(store) = published::Store::open(path)? {
+            return Ok(Self(Inner::Published(store)));
+        }
+        Err(Error::file(
+            path,
+            "no targets here: expected `maps-*.jsonl` as written by `lavender-wgpu targets`, \
+             or `<image>/lpm_attention/<stem>/attention_<word>.jpg`",
+        ))
+    }
+
+    /// The targets of a sample by its id or by its image's file name; `None` where the store has none.
+    ///
+    /// Errors: a shard that is damaged or does not agree with its index.
+    pub fn get(&self, key: &str) -> Result<Option<Targets>> {
+        match &self.0 {
+            Inner::Shards(store) => store.get(key),
+            Inner::Published(store) => store.get(key),
+        }
+    }
+
+    /// [`Self::get`] by `id`, then by the file name of `image`.
+    pub fn find(&self, id: &str, image: Option<&str>) -> Result<Option<Targets>> {
+        match (self.get(id)?, image) {
+            (None, Some(image)) => self.get(image),
+            (found, _) => Ok(found),
+        }
+    }
+
+    /// Number of samples with targets.
+    pub fn len(&self) -> usize {
+        match &self.0 {
+            Inner::Shards(store) => store.len(),
+            Inner::Published(store) => store.len(),
+        }
+    }
+
+    /// Whether the store holds nothing.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The options that the targets were made with; `None` where the published layout has no record of them.
+    pub fn options(&self) -> Option<&TargetOptions> {
+        match &self.0 {
+            Inner::Shards(store) => store.options(),
+            Inner::Published(store) => store.options(),
+        }
+    }
+}
+
+/// Writes targets in either layout; samples that are already there can be skipped by [`TargetWriter::has`].
+#[derive(Debug)]
+pub enum TargetWriter {
+    /// Our shards.
+    Shards(shards::Writer),
+    /// The published layout.
+    Published(published::Writer),
+}
+
+impl TargetWriter {
+    /// Opens `dir` for writing, making it where needed.
+    ///
+    /// `part` is `(I, N)` of `--shard I/N` with I from 0 (`(0, 1)` for everything); see [`belongs`]. Errors: targets
+    /// already there were made with other options (each difference is named), a damaged index.
+    pub fn create(
+        dir: impl AsRef<Path>,
+        layout: Layout,
+        options: TargetOptions,
+        provenance: Provenance,
+        part: (usize, usize),
+    ) -> Result<Self> {
+        let dir = dir.as_ref();
+        Ok(match layout {
+            Layout::Shards => Self::Shards(shards::Writer::create(dir, options, provenance, part)?),
+            Layout::Published => {
+                Self::Published(published::Writer::create(dir, options, provenance)?)
+            }
+        })
+    }
+
+    /// Whether the sample's targets are there already (written or waiting for their shard to fill).
+    pub fn has(&self, id: &str, image: Option<&str>) -> bool {
+        match self {
+            Self::Shards(writer) => writer.has(id),
+            Self::Published(writer) => image.is_some_and(|image| writer.has(image)),
+        }
+    }
+
+    /// Adds a sample: `maps` is `[words, 32, 32]` in 0…1.
+    ///
+    /// `image` is the image's file name, needed by the published layout. On disk at the latest after
+    /// [`TargetWriter::finish`]. Panics if `maps` does not fit `words`.
+    pub fn put(
+        &mut self,
+        id: &str,
+        image: Option<&str>,
+        caption: &str,
+        words: &[Word],
+        maps: &[f32],
+    ) -> Result<()> {
+        assert_eq!(
+            maps.len(),
+            words.len() * SIDE * SIDE,
+            "targets of `{id}`: maps do not fit words"
+        );
+        match self {
+            Self::Shards(writer) => writer.put(id, image, caption, words, maps),
+            Self::Published(writer) => {
+                let image = image.ok_or_else(|| {
+                    Error::Input(format!(
+                        "sample `{id}` has no image file name, which the lpm_attention layout is ordered by; \
+                         write the safetensors layout instead"
+                    ))
+                })?;
+                writer.put(image, words, maps)
+            }
+        }
+    }
+
+    /// Writes what is still waiting.
+    pub fn finish(&mut self) -> Result<()> {
+        match self {
+            Self::Shards(writer) => writer.flush(),
+            Self::Published(_) => Ok(()),
+        }
+    }
+}
+
+/// Whether a sample belongs to part `(I, N)` of a run that is split over machines: by a hash of its id, so that the
+/// split does not depend on the order of the data set.
+pub fn belongs(id: &str, part: (usize, usize)) -> bool {
+    let digest = Sha256::digest(id.as_bytes());
+    let mut first = [0; 8];
+    first.copy_from_slice(&digest[..8]);
+    u64::from_be_bytes(first) % part.1.max(1) as u64 == part.0 as u64
+}
+
+/// SHA-256 (first 16 hex digits) over the names and contents of files, in the order given.
+///
+/// With a teacher's weight files it is the identity that [`TargetOptions::teacher_hash`] records.
+pub fn hash_of_files<P: AsRef<Path>>(files: &[P]) -> Result<String> {
+    let mut hasher = Sha256::new();
+    for path in files {
+        let path = path.as_ref();
+        hasher.update(
+            path.file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .as_bytes(),
+        );
+        let mut file = std::fs::File::open(path).map_err(|e| Error::io(path, e))?;
+        std::io::copy(&mut file, &mut Sink(&mut hasher)).map_err(|e| Error::io(path, e))?;
+    }
+    Ok(short_hex(&hasher.finalize()))
+}
+
+struct Sink<'a>(&'a mut Sha256);
+
+impl std::io::Write for Sink<'_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The first 16 hex digits of a digest.
+fn short_hex(digest: &[u8]) -> String {
+    digest.iter().take(8).map(|b| format!("{b:02x}")).collect()
+}
+
+/// Refuses options that differ from those that the store at `dir` was made with, naming every difference.
+fn same_options(dir: &Path, old: &TargetOptions, new: &TargetOptions) -> Result<()> {
+    if old == new {
+        return Ok(());
+    }
+    // The fields' names and values as they stand in the index; both serialise to objects of the same keys.
+    let value = |o| serde_json::to_value(o).unwrap_or_default();
+    let (old, new) = (value(old), value(new));
+    let mut differences = Vec::new();
+    for (key, was) in old.as_object().into_iter().flatten() {
+        if new.get(key) != Some(was) {
+            differences.push(format!(
+                "{key} was {was}, now {}",
+                new.get(key).unwrap_or_default()
+            ));
+        }
+    }
+    Err(Error::file(
+        dir,
+        format!(
+            "holds targets made with other options ({}); use another --out directory",
+            differences.join("; ")
+        ),
+    ))
+}

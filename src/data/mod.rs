@@ -1,0 +1,7 @@
+//! Data sets: samples of an image and a conversation, whatever file they come from.
+
+pub mod conversations;
+pub mod picture;
+mod sample;
+
+pub use sample::{DataSet, ImageRef, Part, Role, Sample, Turn};

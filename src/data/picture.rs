@@ -1,0 +1,103 @@
+//! Decoding a sample's image to 8-bit RGB.
+
+use std::io::Cursor;
+use std::path::Path;
+
+use image::{
+    DynamicImage, ImageDecoder, ImageError, ImageReader, Limits, RgbImage, metadata::Orientation,
+};
+
+use super::ImageRef;
+use crate::{Error, Result};
+
+/// Largest width and height that is decoded.
+pub const MAX_SIDE: u32 = 16_384;
+
+/// Most memory that decoding one image may take.
+const MAX_BYTES: u64 = 1 << 30;
+
+impl ImageRef {
+    /// Decodes the image: see [`decode`].
+    pub fn open(&self) -> Result<RgbImage> {
+        match self {
+            Self::Path(path) => {
+                let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+                decode(path, &bytes)
+            }
+            Self::Embedded { name, bytes } => decode(Path::new(name), bytes),
+        }
+    }
+}
+
+/// Decodes an encoded image as 8-bit RGB, turned upright by its EXIF orientation.
+///
+/// As PIL's `convert("RGB")` does it: gray is repeated over the channels, an alpha channel is dropped without
+/// blending. 16-bit values keep their high byte. The format is told by the content, not by the name. Errors, naming
+/// `path`: an empty or damaged file, an unknown format, a side of 0 or above [`MAX_SIDE`].
+pub fn decode(path: &Path, bytes: &[u8]) -> Result<RgbImage> {
+    let wrong = |message: String| Error::file(path, message);
+    if bytes.is_empty() {
+        return Err(wrong("image file is empty (0 bytes)".into()));
+    }
+    let mut reader = ImageReader::new(Cursor::new(bytes))
+        .with_guessed_format()
+        .map_err(|e| Error::io(path, e))?;
+    if reader.format().is_none() {
+        return Err(wrong("not a PNG, JPEG, WebP, BMP or GIF image".into()));
+    }
+    let mut limits = Limits::default();
+    limits.max_alloc = Some(MAX_BYTES);
+    reader.limits(limits);
+    let mut decoder = reader.into_decoder().map_err(|e| wrong(explain(&e)))?;
+    let (width, height) = decoder.dimensions();
+    if width == 0 || height == 0 || width > MAX_SIDE || height > MAX_SIDE {
+        return Err(wrong(format!(
+            "image is {width}×{height} pixels, expected sides from 1 to {MAX_SIDE}"
+        )));
+    }
+    // An unreadable EXIF block does not make the pixels unreadable.
+    let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+    let mut image = DynamicImage::from_decoder(decoder).map_err(|e| wrong(explain(&e)))?;
+    image.apply_orientation(orientation);
+    Ok(to_rgb(image))
+}
+
+fn explain(error: &ImageError) -> String {
+    match error {
+        ImageError::Limits(_) => {
+            format!("image is too large: its pixels need more than {MAX_BYTES} bytes")
+        }
+        ImageError::Unsupported(_) => format!("unsupported image: {error}"),
+        _ => format!("damaged image: {error}"),
+    }
+}
+
+fn to_rgb(image: DynamicImage) -> RgbImage {
+    let high = |v: u16| (v >> 8) as u8;
+    match image {
+        DynamicImage::ImageRgb8(image) => image,
+        DynamicImage::ImageRgba8(image) => {
+            let mut rgb = RgbImage::new(image.width(), image.height());
+            for (to, from) in rgb.pixels_mut().zip(image.pixels()) {
+                to.0 = [from[0], from[1], from[2]];
+            }
+            rgb
+        }
+        DynamicImage::ImageLuma16(image) => {
+            let mut rgb = RgbImage::new(image.width(), image.height());
+            for (to, from) in rgb.pixels_mut().zip(image.pixels()) {
+                to.0 = [high(from[0]); 3];
+            }
+            rgb
+        }
+        DynamicImage::ImageRgb16(image) => {
+            let mut rgb = RgbImage::new(image.width(), image.height());
+            for (to, from) in rgb.pixels_mut().zip(image.pixels()) {
+                to.0 = from.0.map(high);
+            }
+            rgb
+        }
+        // Gray, gray with alpha, 16-bit with alpha and float images; the library drops alpha as well.
+        other => other.to_rgb8(),
+    }
+}

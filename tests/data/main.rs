@@ -1,0 +1,4 @@
+//! Tests of reading data sets and images.
+
+mod conversations;
+mod picture;
