@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 pub use checkpoint::Checkpoint;
 pub use dtype::DType;
-pub use save::{HostTensor, save_safetensors, write_atomic};
+pub use save::{HostTensor, save_safetensors};
 
 use crate::error::Result;
 use crate::gpu::{Binding, Buffer, Gpu, ReadBack};
