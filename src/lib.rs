@@ -12,5 +12,6 @@ pub mod gpu;
 pub mod nn;
 pub mod ops;
 pub mod tensor;
+pub mod vlm;
 
 pub use error::{Error, Result};

@@ -1,0 +1,3 @@
+//! Vision-language students, one file per family, and what they share.
+
+pub mod processor;
