@@ -1,3 +1,7 @@
 //! Whole models against the libraries that published them, on tiny random checkpoints.
 
+#[path = "../support/mod.rs"]
+mod support;
+
+mod mllama_processor;
 mod resize;
