@@ -1,0 +1,212 @@
+use lavender_wgpu::ops::matmul::{MatmulOptions, Variant, matmul, matmul_with};
+use lavender_wgpu::ops::unary::Unary;
+use lavender_wgpu::tensor::{DType, Tensor};
+use rand::RngExt;
+
+use crate::support::*;
+
+/// Every kernel family, and the one that the tier chooses.
+const VARIANTS: [Option<Variant>; 3] = [None, Some(Variant::Tile(4)), Some(Variant::Tile(8))];
+
+#[derive(Debug, Clone, Copy)]
+struct Case {
+    batch: usize,
+    m: usize,
+    n: usize,
+    k: usize,
+    trans_a: bool,
+    trans_b: bool,
+    a_batched: bool,
+    b_batched: bool,
+    a: DType,
+    b: DType,
+}
+
+impl Case {
+    fn operand(
+        &self,
+        rng: &mut rand_chacha::ChaCha8Rng,
+        dtype: DType,
+        batched: bool,
+        [rows, columns]: [usize; 2],
+        transposed: bool,
+    ) -> (Tensor, Vec<f64>) {
+        let batch = if batched { self.batch } else { 1 };
+        let mut shape = if transposed {
+            vec![columns, rows]
+        } else {
+            vec![rows, columns]
+        };
+        if batched {
+            shape.insert(0, batch);
+        }
+        let (t, held) = upload(&uniform(rng, batch * rows * columns), dtype, &shape);
+        // The reference works on [batch, rows, columns].
+        let mut plain = Vec::with_capacity(self.batch * rows * columns);
+        for i in 0..self.batch {
+            let matrix = &held[if batched { i * rows * columns } else { 0 }..];
+            for r in 0..rows {
+                for c in 0..columns {
+                    plain.push(
+                        matrix[if transposed {
+                            c * rows + r
+                        } else {
+                            r * columns + c
+                        }],
+                    );
+                }
+            }
+        }
+        (t, plain)
+    }
+}
+
+fn product(case: &Case, a: &[f64], b: &[f64]) -> Vec<f64> {
+    let Case { batch, m, n, k, .. } = *case;
+    let mut c = vec![0.0; batch * m * n];
+    for i in 0..batch {
+        for r in 0..m {
+            for x in 0..k {
+                let v = a[(i * m + r) * k + x];
+                for s in 0..n {
+                    c[(i * m + r) * n + s] += v * b[(i * k + x) * n + s];
+                }
+            }
+        }
+    }
+    c
+}
+
+fn check(variant: Option<Variant>, case: Case, rng: &mut rand_chacha::ChaCha8Rng) {
+    let Case {
+        m,
+        n,
+        k,
+        trans_a,
+        trans_b,
+        ..
+    } = case;
+    let (a, a_held) = case.operand(rng, case.a, case.a_batched, [m, k], trans_a);
+    let (b, b_held) = case.operand(rng, case.b, case.b_batched, [k, n], trans_b);
+    let mut expected = product(&case, &a_held, &b_held);
+    let (bias, bias_held) = upload(&uniform(rng, n), DType::F32, &[n]);
+    let epilogue = rng.random_range(0..4);
+    let mut options = MatmulOptions {
+        trans_a,
+        trans_b,
+        ..MatmulOptions::default()
+    };
+    if epilogue >= 1 {
+        options.bias = Some(&bias);
+        for (i, v) in expected.iter_mut().enumerate() {
+            *v += bias_held[i % n];
+        }
+    }
+    if epilogue >= 2 {
+        options.activation = Some(Unary::Silu);
+        for v in &mut expected {
+            *v /= 1.0 + (-*v).exp();
+        }
+    }
+    let shape: Vec<usize> = if case.a_batched || case.b_batched {
+        vec![case.batch, m, n]
+    } else {
+        vec![m, n]
+    };
+    let (residual, residual_held) = upload(&uniform(rng, expected.len()), case.a, &shape);
+    if epilogue >= 3 {
+        options.residual = Some(&residual);
+        for (v, r) in expected.iter_mut().zip(&residual_held) {
+            *v += r;
+        }
+    }
+    let c = matmul_with(variant, &a, &b, &options);
+    assert_eq!(c.shape(), shape);
+    assert_eq!(c.dtype(), case.a);
+    assert_close(
+        &format!("{variant:?} {case:?} epilogue {epilogue}"),
+        &c,
+        &expected,
+    );
+}
+
+/// Sizes around the tile edges, primes and ones.
+const SIZES: [usize; 12] = [1, 2, 3, 7, 8, 16, 17, 31, 33, 63, 65, 131];
+
+fn fuzz(variant: Option<Variant>, seed: u64, rounds: usize) {
+    let mut rng = rng(seed);
+    let floats = float_types();
+    for _ in 0..rounds {
+        let size = |rng: &mut rand_chacha::ChaCha8Rng| SIZES[rng.random_range(0..SIZES.len())];
+        let (a_batched, b_batched) =
+            [(false, false), (true, false), (false, true), (true, true)][rng.random_range(0..4)];
+        let batch = if a_batched || b_batched {
+            rng.random_range(1..4)
+        } else {
+            1
+        };
+        let case = Case {
+            batch,
+            m: size(&mut rng),
+            n: size(&mut rng),
+            k: size(&mut rng),
+            trans_a: rng.random(),
+            trans_b: rng.random(),
+            a_batched,
+            b_batched,
+            a: floats[rng.random_range(0..floats.len())],
+            b: [floats[rng.random_range(0..floats.len())], DType::Bf16][rng.random_range(0..2)],
+        };
+        check(variant, case, &mut rng);
+    }
+}
+
+#[test]
+fn odd_shapes_match_f64_in_every_variant() {
+    for (i, variant) in VARIANTS.into_iter().enumerate() {
+        fuzz(variant, 10 + i as u64, 24);
+    }
+}
+
+#[test]
+fn a_long_sum_into_a_small_result_is_split_and_exact() {
+    let mut rng = rng(3);
+    for variant in VARIANTS {
+        let case = Case {
+            batch: 1,
+            m: 5,
+            n: 9,
+            k: 4099,
+            trans_a: true,
+            trans_b: false,
+            a_batched: false,
+            b_batched: false,
+            a: DType::F32,
+            b: DType::F32,
+        };
+        check(variant, case, &mut rng);
+    }
+}
+
+#[test]
+fn the_output_dtype_can_differ() {
+    if !gpu().tier().f16 {
+        return;
+    }
+    let (a, a_held) = upload(&uniform(&mut rng(5), 6 * 40), DType::F16, &[6, 40]);
+    let (b, b_held) = upload(&uniform(&mut rng(6), 40 * 3), DType::F16, &[40, 3]);
+    let options = MatmulOptions {
+        output: Some(DType::F32),
+        ..MatmulOptions::default()
+    };
+    let c = matmul(&a, &b, &options);
+    let expected: Vec<f64> = (0..18)
+        .map(|i| {
+            (0..40)
+                .map(|x| a_held[i / 3 * 40 + x] * b_held[x * 3 + i % 3])
+                .sum()
+        })
+        .collect();
+    assert_eq!(c.dtype(), DType::F32);
+    assert_close("f16 to f32", &c, &expected);
+}

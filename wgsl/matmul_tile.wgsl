@@ -1,0 +1,154 @@
+// c = activation(a·b + bias) + residual for GPUs: a square tile of c per workgroup, staged through
+// shared memory, PER×PER results a thread. Threads interleave (row = ty + 16 i) so that shared reads
+// are free of bank conflicts and stores to c are coalesced.
+#import activation::activation
+
+#ifdef A_F16
+alias AElem = f16;
+#else
+alias AElem = f32;
+#endif
+#ifdef C_F16
+alias CElem = f16;
+#else
+alias CElem = f32;
+#endif
+
+struct Params {
+    m: u32,
+    n: u32,
+    k: u32,
+    lda: u32,
+    ldb: u32,
+    ldc: u32,
+    a_batch: u32,
+    b_batch: u32,
+    c_batch: u32,
+    a_start: u32,
+    b_start: u32,
+    c_start: u32,
+    bias_start: u32,
+    // Parts that k is split into; each writes its sum to its own slice of c.
+    splits: u32,
+    k_part: u32,
+    has_bias: u32,
+    has_residual: u32,
+    function: u32,
+    fa: f32,
+    fb: f32,
+}
+
+@group(0) @binding(0) var<storage, read> a: array<AElem>;
+#ifdef B_BF16
+@group(0) @binding(1) var<storage, read> b: array<u32>;
+#else
+#ifdef B_F16
+@group(0) @binding(1) var<storage, read> b: array<f16>;
+#else
+@group(0) @binding(1) var<storage, read> b: array<f32>;
+#endif
+#endif
+@group(0) @binding(2) var<storage, read_write> c: array<CElem>;
+@group(0) @binding(3) var<storage, read> bias: array<f32>;
+@group(0) @binding(4) var<storage, read> residual: array<CElem>;
+var<immediate> p: Params;
+
+const PER = #{PER}u;
+const TILE = 16u * PER;
+const STEP = 16u;
+// One column of padding: loads along k would otherwise store to one bank.
+const ROW = TILE + 1u;
+
+var<workgroup> a_tile: array<f32, STEP * ROW>;
+var<workgroup> b_tile: array<f32, STEP * ROW>;
+
+fn load_b(i: u32) -> f32 {
+#ifdef B_BF16
+    // bf16 is the upper half of an f32.
+    let word = b[i >> 1u];
+    return bitcast<f32>(select(word << 16u, word & 0xffff0000u, (i & 1u) == 1u));
+#else
+    return f32(b[i]);
+#endif
+}
+
+@compute @workgroup_size(256)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+    let batch = group.z / p.splits;
+    let part = group.z % p.splits;
+    let row0 = group.y * TILE;
+    let col0 = group.x * TILE;
+    let tx = local % 16u;
+    let ty = local / 16u;
+    let a0 = p.a_start + batch * p.a_batch;
+    let b0 = p.b_start + batch * p.b_batch;
+    let k_end = min(p.k, (part + 1u) * p.k_part);
+    var sum: array<array<f32, PER>, PER>;
+    for (var k0 = part * p.k_part; k0 < k_end; k0 += STEP) {
+        for (var i = 0u; i < PER; i++) {
+            let t = local + 256u * i;
+#ifdef TRANS_A
+            let ak = t / TILE;
+            let am = t % TILE;
+            let a_at = a0 + (k0 + ak) * p.lda + row0 + am;
+#else
+            let ak = t % STEP;
+            let am = t / STEP;
+            let a_at = a0 + (row0 + am) * p.lda + k0 + ak;
+#endif
+            var av = 0.0;
+            if row0 + am < p.m && k0 + ak < k_end {
+                av = f32(a[a_at]);
+            }
+            a_tile[ak * ROW + am] = av;
+#ifdef TRANS_B
+            let bk = t % STEP;
+            let bn = t / STEP;
+            let b_at = b0 + (col0 + bn) * p.ldb + k0 + bk;
+#else
+            let bk = t / TILE;
+            let bn = t % TILE;
+            let b_at = b0 + (k0 + bk) * p.ldb + col0 + bn;
+#endif
+            var bv = 0.0;
+            if col0 + bn < p.n && k0 + bk < k_end {
+                bv = load_b(b_at);
+            }
+            b_tile[bk * ROW + bn] = bv;
+        }
+        workgroupBarrier();
+        for (var kk = 0u; kk < STEP; kk++) {
+            var av: array<f32, PER>;
+            var bv: array<f32, PER>;
+            for (var i = 0u; i < PER; i++) {
+                av[i] = a_tile[kk * ROW + ty + 16u * i];
+                bv[i] = b_tile[kk * ROW + tx + 16u * i];
+            }
+            for (var i = 0u; i < PER; i++) {
+                for (var j = 0u; j < PER; j++) {
+                    sum[i][j] = fma(av[i], bv[j], sum[i][j]);
+                }
+            }
+        }
+        workgroupBarrier();
+    }
+    let c0 = p.c_start + group.z * p.c_batch;
+    for (var i = 0u; i < PER; i++) {
+        let row = row0 + ty + 16u * i;
+        for (var j = 0u; j < PER; j++) {
+            let col = col0 + tx + 16u * j;
+            if row < p.m && col < p.n {
+                let at = c0 + row * p.ldc + col;
+                var v = sum[i][j];
+                if p.has_bias != 0u {
+                    v += bias[p.bias_start + col];
+                }
+                v = activation(p.function, p.fa, p.fb, v);
+                if p.has_residual != 0u {
+                    v += f32(residual[at]);
+                }
+                c[at] = CElem(v);
+            }
+        }
+    }
+}
