@@ -120,4 +120,14 @@ impl Error {
             message: message.into(),
         }
     }
+
+    /// The [`Error::NoAdapter`] of a machine without any: says what to install.
+    pub fn no_adapter() -> Self {
+        Error::NoAdapter(
+            "no GPU adapter found: install a Vulkan driver (Linux: `apt install mesa-vulkan-drivers` \
+             or the vendor's driver; Windows: the vendor's driver; macOS has Metal), or run `make train`, \
+             which sets up a software one"
+                .into(),
+        )
+    }
 }

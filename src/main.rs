@@ -1,1 +1,5 @@
-fn main(){}
+//! The `lavender-wgpu` program: see `lavender-wgpu --help`.
+
+fn main() -> std::process::ExitCode {
+    lavender_wgpu::cli::main()
+}

@@ -143,12 +143,7 @@ pub fn list_adapters() -> Vec<AdapterSummary> {
 
 fn choose(adapters: Vec<wgpu::Adapter>, wanted: Option<&str>) -> Result<wgpu::Adapter> {
     if adapters.is_empty() {
-        return Err(Error::NoAdapter(
-            "no GPU adapter found: install a Vulkan driver (Linux: `apt install mesa-vulkan-drivers` \
-             or the vendor's driver; Windows: the vendor's driver; macOS has Metal), or run `make train`, \
-             which sets up a software one"
-                .into(),
-        ));
+        return Err(Error::no_adapter());
     }
     let names: Vec<String> = adapters.iter().map(|a| a.get_info().name).collect();
     let listing = || {

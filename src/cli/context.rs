@@ -1,0 +1,254 @@
+//! What every subcommand needs: the common options, the GPU, progress and Ctrl-C.
+
+use std::io::{IsTerminal, Write};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use clap::{Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::{Deserialize, Serialize};
+use tracing_subscriber::EnvFilter;
+
+use crate::gpu::{Gpu, GpuOptions, Tier};
+use crate::tensor::DType;
+use crate::{Error, Result};
+
+/// The name of standard output in messages.
+pub(super) const STANDARD_OUTPUT: &str = "standard output";
+
+/// Type of the activations.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// 32-bit floats.
+    #[default]
+    F32,
+    /// 16-bit floats; sums, norms, softmax, losses and optimizer state stay 32-bit.
+    F16,
+}
+
+impl Precision {
+    /// The tensor type. Errors: f16 on an adapter without it.
+    pub fn dtype(self, tier: &Tier) -> Result<DType> {
+        match self {
+            Self::F32 => Ok(DType::F32),
+            Self::F16 if tier.f16 => Ok(DType::F16),
+            Self::F16 => Err(Error::NoAdapter(format!(
+                "adapter {} [{}] has no 16-bit floats (SHADER_F16): use `--precision f32`, \
+                 or another adapter of `lavender-wgpu devices` by `--adapter`",
+                tier.name, tier.driver
+            ))),
+        }
+    }
+}
+
+/// Options that every command takes.
+#[derive(Clone, Debug, Default, Args)]
+pub struct Common {
+    /// Adapter by its number in `devices` or by a part of its name [default: the strongest]
+    #[arg(
+        long,
+        global = true,
+        value_name = "INDEX|NAME",
+        help_heading = "Common options"
+    )]
+    pub adapter: Option<String>,
+    /// Type of the activations [default: f32, or the configuration's]
+    #[arg(long, global = true, value_enum, help_heading = "Common options")]
+    pub precision: Option<Precision>,
+    /// Seed of everything random [default: 0, or the configuration's]
+    #[arg(long, global = true, value_name = "N", help_heading = "Common options")]
+    pub seed: Option<u64>,
+    /// Most GPU memory to use, in MiB [default: no limit]
+    #[arg(
+        long,
+        global = true,
+        value_name = "MIB",
+        help_heading = "Common options"
+    )]
+    pub memory_limit: Option<u64>,
+    /// Print results and errors only
+    #[arg(long, short, global = true, help_heading = "Common options")]
+    pub quiet: bool,
+}
+
+/// The common options at work; made once per program run.
+pub struct Context {
+    /// The options as given.
+    pub common: Common,
+    /// Set by Ctrl-C.
+    pub interrupt: Interrupt,
+    gpu: OnceLock<Gpu>,
+}
+
+impl Context {
+    /// Installs the Ctrl-C handler.
+    pub(super) fn new(common: Common) -> Result<Self> {
+        let interrupt = Interrupt::default();
+        interrupt.install()?;
+        Ok(Self {
+            common,
+            interrupt,
+            gpu: OnceLock::new(),
+        })
+    }
+
+    /// The GPU that `--adapter` asks for, opened at the first call; its tier is logged in one line.
+    pub fn gpu(&self) -> Result<&Gpu> {
+        if let Some(gpu) = self.gpu.get() {
+            return Ok(gpu);
+        }
+        let gpu = Gpu::new(&GpuOptions {
+            adapter: self.common.adapter.clone(),
+            max_bytes: self.common.memory_limit.map(|mib| mib << 20),
+            ..GpuOptions::default()
+        })?;
+        self.say(gpu.tier());
+        Ok(self.gpu.get_or_init(|| gpu))
+    }
+
+    /// `--precision`, else `configured`, as a tensor type of this adapter.
+    pub fn activations(&self, configured: Precision) -> Result<DType> {
+        self.common
+            .precision
+            .unwrap_or(configured)
+            .dtype(self.gpu()?.tier())
+    }
+
+    /// `--seed`, else `configured`.
+    pub fn seed(&self, configured: u64) -> u64 {
+        self.common.seed.unwrap_or(configured)
+    }
+
+    /// Tells something on the way (standard error; not under `--quiet`).
+    pub fn say(&self, message: impl std::fmt::Display) {
+        if !self.common.quiet {
+            eprintln!("{message}");
+        }
+    }
+
+    /// Prints a line of the result on standard output. Errors: standard output cannot be written.
+    pub fn print(&self, line: impl std::fmt::Display) -> Result<()> {
+        writeln!(std::io::stdout().lock(), "{line}").map_err(|e| Error::io(STANDARD_OUTPUT, e))
+    }
+
+    /// A progress bar of `total` steps.
+    pub fn progress(&self, what: &str, total: usize) -> Progress {
+        Progress::new(what, total, self.common.quiet)
+    }
+}
+
+/// Ctrl-C: the first asks the running command to stop after its step, the second ends the program at once.
+#[derive(Clone, Debug, Default)]
+pub struct Interrupt(Arc<AtomicUsize>);
+
+impl Interrupt {
+    fn install(&self) -> Result<()> {
+        let presses = self.0.clone();
+        ctrlc::set_handler(move || {
+            if presses.fetch_add(1, Ordering::SeqCst) > 0 {
+                std::process::exit(130);
+            }
+            eprintln!("\nstopping after this step; press Ctrl-C again to stop at once");
+        })
+        .map_err(|e| Error::Input(format!("cannot listen for Ctrl-C: {e}")))
+    }
+
+    /// Whether Ctrl-C was pressed.
+    pub fn requested(&self) -> bool {
+        self.0.load(Ordering::SeqCst) > 0
+    }
+
+    /// [`Error::Interrupted`] once Ctrl-C was pressed; called between steps.
+    pub fn check(&self) -> Result<()> {
+        if self.requested() {
+            Err(Error::Interrupted)
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// Progress on standard error: a bar on a terminal, a line every ten seconds elsewhere, nothing under `--quiet`.
+pub struct Progress {
+    bar: ProgressBar,
+    what: String,
+    /// When the last line was printed; `None` where a bar is drawn or nothing is to be shown.
+    lines: Option<Instant>,
+}
+
+/// Time between two lines where there is no terminal.
+const BETWEEN_LINES: Duration = Duration::from_secs(10);
+
+impl Progress {
+    fn new(what: &str, total: usize, quiet: bool) -> Self {
+        let terminal = std::io::stderr().is_terminal();
+        let bar = if quiet || !terminal {
+            ProgressBar::hidden()
+        } else {
+            ProgressBar::new(0)
+        };
+        bar.set_length(total as u64);
+        let style = ProgressStyle::with_template(
+            "{prefix} {bar:30} {pos}/{len} {msg} ({elapsed}, {eta} left)",
+        );
+        if let Ok(style) = style {
+            bar.set_style(style);
+        }
+        bar.set_prefix(what.to_owned());
+        Self {
+            bar,
+            what: what.to_owned(),
+            lines: (!quiet && !terminal).then(Instant::now),
+        }
+    }
+
+    /// One step done; `message` stands beside the bar (the loss, the sample's id).
+    pub fn step(&mut self, message: impl Into<String>) {
+        let message = message.into();
+        self.bar.inc(1);
+        let (done, total) = (self.bar.position(), self.bar.length().unwrap_or(0));
+        if let Some(last) = &mut self.lines
+            && (last.elapsed() >= BETWEEN_LINES || done == total)
+        {
+            eprintln!("{}: {done}/{total} {message}", self.what);
+            *last = Instant::now();
+        }
+        self.bar.set_message(message);
+    }
+
+    /// Counts steps that an earlier run had done.
+    pub fn skip(&self, steps: usize) {
+        self.bar.inc(steps as u64);
+    }
+
+    /// Prints a line without tearing the bar.
+    pub fn say(&self, message: impl std::fmt::Display) {
+        if self.lines.is_some() {
+            eprintln!("{message}");
+        } else {
+            self.bar.println(message.to_string());
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+/// Logs go to standard error; `LAVENDER_LOG=debug` (or any filter of `tracing`) shows more than warnings.
+pub(super) fn start_logging(common: &Common) {
+    let default = if common.quiet { "error" } else { "warn" };
+    let filter =
+        EnvFilter::try_from_env("LAVENDER_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    // Fails only if a subscriber is set already.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .without_time()
+        .try_init();
+}

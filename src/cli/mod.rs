@@ -1,0 +1,119 @@
+//! The command line: one file per subcommand.
+//!
+//! A subcommand is an argument struct and `run(&Args, &Context) -> Result<()>`. What goes wrong is printed as one
+//! `error: …` line; exit codes are 0, 1 (an error), 2 (wrong usage) and 130 (stopped by Ctrl-C).
+
+use std::io::ErrorKind;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::{Error, Result};
+
+mod context;
+
+pub mod ask;
+pub mod attention;
+pub mod devices;
+pub mod pretrain;
+pub mod targets;
+pub mod train;
+
+pub use context::{Common, Context, Interrupt, Precision, Progress};
+
+/// The whole command line.
+#[derive(Debug, Parser)]
+#[command(
+    name = "lavender-wgpu",
+    version,
+    about = "Diffusion Instruction Tuning: fine-tunes a vision-language model towards the word maps of a \
+             text-to-image diffusion model, on any GPU",
+    after_help = "Examples:\n  \
+        lavender-wgpu devices\n  \
+        lavender-wgpu train                              the embedded mini models and data\n  \
+        lavender-wgpu targets --diffusion sd-v1-4 --data data.json --out targets\n  \
+        lavender-wgpu train smolvlm.toml --set train.steps=100\n\n\
+        `lavender-wgpu COMMAND -h` shows a command's options and examples.",
+    subcommand_required = true,
+    arg_required_else_help = true
+)]
+pub struct Cli {
+    /// Options that every command takes.
+    #[command(flatten)]
+    pub common: Common,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// List the adapters of this machine, their drivers, tiers and limits
+    Devices(devices::Args),
+}
+
+impl Command {
+    fn run(&self, context: &Context) -> Result<()> {
+        match self {
+            Self::Devices(args) => devices::run(args, context),
+        }
+    }
+}
+
+/// Parses the program's arguments, runs the command and gives the exit code.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version count as success; a closed pipe is no reason to complain.
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
+        }
+    };
+    context::start_logging(&cli.common);
+    let result = Context::new(cli.common).and_then(|context| cli.command.run(&context));
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Error::Interrupted) => {
+            eprintln!("interrupted");
+            ExitCode::from(130)
+        }
+        // Whoever read our output has enough of it (`| head`).
+        Err(Error::Io { path, source })
+            if source.kind() == ErrorKind::BrokenPipe
+                && path.as_os_str() == context::STANDARD_OUTPUT =>
+        {
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("error: {}", one_line(&error.to_string()));
+            ExitCode::from(1)
+        }
+    }
+}
+
+/// A message in one line, as scripts expect it.
+fn one_line(message: &str) -> String {
+    let lines: Vec<&str> = message
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty())
+        .collect();
+    lines.join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        super::Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn messages_become_one_line() {
+        assert_eq!(super::one_line("a\n   b\n\nc\n"), "a b c");
+    }
+}

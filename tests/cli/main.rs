@@ -1,0 +1,5 @@
+//! Tests of the program as a user starts it.
+
+mod devices;
+mod support;
+mod usage;
