@@ -324,7 +324,7 @@ fn span(rows: usize, columns: usize, ld: usize, batch: usize, stride: usize) -> 
 }
 
 /// A view of `len` elements from `start`, begun early enough to be aligned; and the start within it.
-fn window(t: &Tensor, start: usize, len: usize) -> (Tensor, usize) {
+pub(crate) fn window(t: &Tensor, start: usize, len: usize) -> (Tensor, usize) {
     let unit = t.gpu().tier().offset_alignment as usize / t.dtype().bytes();
     let begin = start / unit * unit;
     let flat = t.reshape(&[t.elements()]);

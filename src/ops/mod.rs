@@ -2,6 +2,7 @@
 //!
 //! A shape error here is a bug in our own code and panics naming the op and the shapes.
 
+pub mod conv2d;
 pub mod matmul;
 pub mod unary;
 
@@ -16,7 +17,7 @@ const MAX_GROUPS: u32 = 65_535;
 
 /// Every kernel variant that the ops use, for the test that translates them all.
 pub fn variants() -> Vec<Kernel> {
-    [matmul::variants(), unary::variants()].concat()
+    [conv2d::variants(), matmul::variants(), unary::variants()].concat()
 }
 
 /// Records one dispatch over `tensors` in `@binding` order; `work` is about its FLOPs.

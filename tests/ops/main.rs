@@ -3,6 +3,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod conv2d;
 mod matmul;
 mod unary;
 mod variants;

@@ -1,0 +1,141 @@
+use lavender_wgpu::ops::conv2d::{
+    Conv2dOptions, Variant, conv2d_grad_input_with, conv2d_grad_weight_with, conv2d_with,
+};
+use lavender_wgpu::tensor::DType;
+use rand::RngExt;
+
+use crate::support::*;
+
+/// Every kernel family, and the one that the tier chooses.
+const VARIANTS: [Option<Variant>; 3] = [None, Some(Variant::Tile(4)), Some(Variant::Tile(8))];
+
+#[derive(Debug, Clone, Copy)]
+struct Case {
+    x: [usize; 4],
+    kernel: [usize; 2],
+    out: usize,
+    options: Conv2dOptions,
+    dtype: DType,
+    weight: DType,
+}
+
+/// Calls `f(x index, w index, y index)` for every product that the convolution adds up.
+fn each(case: &Case, mut f: impl FnMut(usize, usize, usize)) -> [usize; 4] {
+    let [batch, h, w, ci] = case.x;
+    let [kh, kw] = case.kernel;
+    let [top, bottom, left, right] = case.options.padding;
+    let s = case.options.stride;
+    let (oh, ow) = (
+        (h + top + bottom - kh) / s + 1,
+        (w + left + right - kw) / s + 1,
+    );
+    for b in 0..batch {
+        for (oy, ox) in (0..oh).flat_map(|y| (0..ow).map(move |x| (y, x))) {
+            for (ky, kx) in (0..kh).flat_map(|y| (0..kw).map(move |x| (y, x))) {
+                let (y, x) = (oy * s + ky, ox * s + kx);
+                if y < top || x < left || y - top >= h || x - left >= w {
+                    continue;
+                }
+                let pixel = ((b * h + y - top) * w + x - left) * ci;
+                let result = ((b * oh + oy) * ow + ox) * case.out;
+                for c in 0..ci {
+                    for o in 0..case.out {
+                        f(
+                            pixel + c,
+                            ((ky * kw + kx) * ci + c) * case.out + o,
+                            result + o,
+                        );
+                    }
+                }
+            }
+        }
+    }
+    [batch, oh, ow, case.out]
+}
+
+fn check(variant: Option<Variant>, case: Case, rng: &mut rand_chacha::ChaCha8Rng) {
+    let ([kh, kw], ci, co) = (case.kernel, case.x[3], case.out);
+    let weight_shape = [kh, kw, ci, co];
+    let count = |shape: &[usize]| shape.iter().product::<usize>();
+    let (x, x_held) = upload(&uniform(rng, count(&case.x)), case.dtype, &case.x);
+    let (w, w_held) = upload(
+        &uniform(rng, count(&weight_shape)),
+        case.weight,
+        &weight_shape,
+    );
+    let (bias, bias_held) = upload(&uniform(rng, co), DType::F32, &[co]);
+    let shape = each(&case, |_, _, _| ());
+    let (dy, dy_held) = upload(&uniform(rng, count(&shape)), case.dtype, &shape);
+    let with_bias = rng.random::<bool>();
+    let mut y: Vec<f64> = (0..count(&shape))
+        .map(|i| if with_bias { bias_held[i % co] } else { 0.0 })
+        .collect();
+    let mut dx = vec![0.0; x_held.len()];
+    let mut dw = vec![0.0; w_held.len()];
+    each(&case, |i, j, k| {
+        y[k] += x_held[i] * w_held[j];
+        dx[i] += dy_held[k] * w_held[j];
+        dw[j] += dy_held[k] * x_held[i];
+    });
+    let what = format!("{variant:?} {case:?}");
+    let o = &case.options;
+    let actual = conv2d_with(variant, &x, &w, with_bias.then_some(&bias), o);
+    assert_eq!(actual.shape(), shape);
+    assert_close(&format!("{what} forward"), &actual, &y);
+    let actual = conv2d_grad_input_with(variant, &dy, &w, &case.x, o);
+    assert_close(&format!("{what} grad_input"), &actual, &dx);
+    let actual = conv2d_grad_weight_with(variant, &x, &dy, kh, kw, o);
+    assert_eq!(actual.shape(), weight_shape);
+    assert_close(&format!("{what} grad_weight"), &actual, &dw);
+}
+
+fn fuzz(variant: Option<Variant>, seed: u64, rounds: usize) {
+    let mut rng = rng(seed);
+    let floats = float_types();
+    let channels = [1, 3, 4, 5, 8, 17, 20, 33, 36];
+    for _ in 0..rounds {
+        let mut pick = |n: usize| rng.random_range(0..n);
+        let kernel = [[1, 1], [3, 3], [3, 3], [2, 3], [5, 4]][pick(5)];
+        let padding = [[0; 4], [1; 4], [0, 1, 0, 1], [2, 0, 1, 3]][pick(4)];
+        let case = Case {
+            x: [
+                1 + pick(2),
+                kernel[0] + pick(9),
+                kernel[1] + pick(7),
+                channels[pick(9)],
+            ],
+            kernel,
+            out: channels[pick(9)],
+            options: Conv2dOptions {
+                stride: 1 + pick(2),
+                padding,
+            },
+            dtype: floats[pick(floats.len())],
+            weight: [floats[pick(floats.len())], DType::Bf16][pick(2)],
+        };
+        check(variant, case, &mut rng);
+    }
+}
+
+#[test]
+fn odd_shapes_match_f64_in_every_variant() {
+    for (i, variant) in VARIANTS.into_iter().enumerate() {
+        fuzz(variant, 20 + i as u64, 12);
+    }
+}
+
+#[test]
+fn a_weight_gradient_over_many_pixels_is_split_and_exact() {
+    let mut rng = rng(4);
+    for variant in VARIANTS {
+        let case = Case {
+            x: [1, 61, 67, 3],
+            kernel: [3, 3],
+            out: 4,
+            options: Conv2dOptions::new(1, 1),
+            dtype: DType::F32,
+            weight: DType::F32,
+        };
+        check(variant, case, &mut rng);
+    }
+}
