@@ -3,5 +3,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod idefics3_processor;
 mod mllama_processor;
 mod resize;
+mod smolvlm_fixture;
