@@ -2,8 +2,16 @@
 //!
 //! A shape error here is a bug in our own code and panics naming the op and the shapes.
 
+pub mod binary;
+pub mod cast;
+pub mod concat;
 pub mod conv2d;
+pub mod gather_rows;
 pub mod matmul;
+pub mod permute;
+pub mod reduce;
+pub mod replace_rows;
+pub mod slice;
 pub mod unary;
 
 use crate::gpu::{Binding, Kernel};
@@ -17,7 +25,19 @@ const MAX_GROUPS: u32 = 65_535;
 
 /// Every kernel variant that the ops use, for the test that translates them all.
 pub fn variants() -> Vec<Kernel> {
-    [conv2d::variants(), matmul::variants(), unary::variants()].concat()
+    [
+        conv2d::variants(),
+        matmul::variants(),
+        unary::variants(),
+        binary::variants(),
+        cast::variants(),
+        gather_rows::variants(),
+        permute::variants(),
+        reduce::variants(),
+        replace_rows::variants(),
+        slice::variants(),
+    ]
+    .concat()
 }
 
 /// Records one dispatch over `tensors` in `@binding` order; `work` is about its FLOPs.
@@ -67,4 +87,9 @@ pub(crate) fn is_f16(op: &str, x: &Tensor) -> bool {
         DType::F16 => true,
         other => panic!("{op}: {other:?} is no activation dtype"),
     }
+}
+
+/// Whether elements have two bytes: kernels that only move data take those as f16 and others as u32.
+pub(crate) fn two_bytes(x: &Tensor) -> bool {
+    x.dtype().bytes() == 2
 }

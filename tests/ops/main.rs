@@ -5,5 +5,13 @@ mod support;
 
 mod conv2d;
 mod matmul;
+mod binary;
+mod cast;
+mod concat;
+mod gather_rows;
+mod permute;
+mod reduce;
+mod replace_rows;
+mod slice;
 mod unary;
 mod variants;
