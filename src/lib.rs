@@ -13,6 +13,7 @@ pub mod gpu;
 pub mod nn;
 pub mod ops;
 pub mod tensor;
+pub mod train;
 pub mod vlm;
 
 pub use error::{Error, Result};

@@ -1,4 +1,5 @@
 //! The method: words and spans, target store, word maps, aggregation, aligner, loss.
 
+pub mod options;
 pub mod store;
 pub mod words;

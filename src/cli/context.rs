@@ -5,43 +5,17 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use serde::{Deserialize, Serialize};
 use tracing_subscriber::EnvFilter;
 
-use crate::gpu::{Gpu, GpuOptions, Tier};
+use crate::gpu::{Gpu, GpuOptions};
 use crate::tensor::DType;
+use crate::train::config::Precision;
 use crate::{Error, Result};
 
 /// The name of standard output in messages.
 pub(super) const STANDARD_OUTPUT: &str = "standard output";
-
-/// Type of the activations.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Precision {
-    /// 32-bit floats.
-    #[default]
-    F32,
-    /// 16-bit floats; sums, norms, softmax, losses and optimizer state stay 32-bit.
-    F16,
-}
-
-impl Precision {
-    /// The tensor type. Errors: f16 on an adapter without it.
-    pub fn dtype(self, tier: &Tier) -> Result<DType> {
-        match self {
-            Self::F32 => Ok(DType::F32),
-            Self::F16 if tier.f16 => Ok(DType::F16),
-            Self::F16 => Err(Error::NoAdapter(format!(
-                "adapter {} [{}] has no 16-bit floats (SHADER_F16): use `--precision f32`, \
-                 or another adapter of `lavender-wgpu devices` by `--adapter`",
-                tier.name, tier.driver
-            ))),
-        }
-    }
-}
 
 /// Options that every command takes.
 #[derive(Clone, Debug, Default, Args)]

@@ -19,7 +19,7 @@ pub mod pretrain;
 pub mod targets;
 pub mod train;
 
-pub use context::{Common, Context, Interrupt, Precision, Progress};
+pub use context::{Common, Context, Interrupt, Progress};
 
 /// The whole command line.
 #[derive(Debug, Parser)]

@@ -1,0 +1,196 @@
+//! The method's choices, by the names that configurations use.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+/// Which of a vision-language model's words are looked up among the targets: `words.source`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WordSource {
+    /// Words of the answer's text with all their sub-word tokens; the row of token t is t − 1.
+    #[default]
+    Labels,
+}
+
+/// How maps of layers and heads become one: `attention.aggregate`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Aggregate {
+    /// Heads are the aligner's channels, the aligner runs on each layer, then the mean over layers.
+    #[default]
+    Learned,
+    /// Mean over layers, heads are channels.
+    MeanLayer,
+    /// Maximum over layers, heads are channels.
+    MaxLayer,
+    /// Maximum over heads, then over layers; one channel.
+    MaxMax,
+    /// Mean over heads and layers; one channel.
+    MeanMean,
+}
+
+impl FromStr for Aggregate {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Ok(match text {
+            "learned" => Self::Learned,
+            "mean-layer" => Self::MeanLayer,
+            "max-layer" => Self::MaxLayer,
+            "max-max" => Self::MaxMax,
+            "mean-mean" => Self::MeanMean,
+            _ => {
+                return Err(format!(
+                    "found `{text}`, expected learned, mean-layer, max-layer, max-max or mean-mean"
+                ));
+            }
+        })
+    }
+}
+
+/// Which attention layers are tapped: `attention.layers`, written `"all"`, `"last:N"` or a list of indices.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Layers {
+    /// Every layer that can be.
+    #[default]
+    All,
+    /// The last N of them.
+    Last(usize),
+    /// These, counted from 0 among the model's decoder layers.
+    List(Vec<usize>),
+}
+
+impl Layers {
+    /// The chosen ones of `available` (ascending layer indices). Errors: a layer that is not among them, or none.
+    pub fn choose(&self, available: &[usize]) -> Result<Vec<usize>, String> {
+        let chosen = match self {
+            Self::All => available.to_vec(),
+            Self::Last(n) if *n <= available.len() => available[available.len() - n..].to_vec(),
+            Self::Last(n) => {
+                return Err(format!(
+                    "field `attention.layers`: found `last:{n}`, but the model has {} such layers",
+                    available.len()
+                ));
+            }
+            Self::List(list) => {
+                if let Some(missing) = list.iter().find(|l| !available.contains(l)) {
+                    return Err(format!(
+                        "field `attention.layers`: found layer {missing}, expected some of {available:?}"
+                    ));
+                }
+                list.clone()
+            }
+        };
+        if chosen.is_empty() {
+            return Err("field `attention.layers`: chooses no layer".into());
+        }
+        Ok(chosen)
+    }
+}
+
+impl FromStr for Layers {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("found `{text}`, expected all, last:N or a list such as 3,7");
+        if text == "all" {
+            return Ok(Self::All);
+        }
+        if let Some(n) = text.strip_prefix("last:") {
+            return match n.parse() {
+                Ok(n) if n > 0 => Ok(Self::Last(n)),
+                _ => Err(wrong()),
+            };
+        }
+        let list: Result<Vec<usize>, _> = text.split(',').map(|n| n.trim().parse()).collect();
+        list.map(Self::List).map_err(|_| wrong())
+    }
+}
+
+impl fmt::Display for Layers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::All => f.write_str("all"),
+            Self::Last(n) => write!(f, "last:{n}"),
+            Self::List(list) => {
+                let list: Vec<String> = list.iter().map(usize::to_string).collect();
+                f.write_str(&list.join(","))
+            }
+        }
+    }
+}
+
+impl Serialize for Layers {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::List(list) => list.serialize(serializer),
+            other => serializer.collect_str(other),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Layers {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(
+            untagged,
+            expecting = "expected \"all\", \"last:N\" or a list of layer numbers"
+        )]
+        enum Written {
+            Text(String),
+            List(Vec<usize>),
+        }
+        match Written::deserialize(deserializer)? {
+            Written::Text(text) => text.parse().map_err(serde::de::Error::custom),
+            Written::List(list) => Ok(Self::List(list)),
+        }
+    }
+}
+
+/// The network between the model's maps and the targets: `aligner.kind`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AlignerKind {
+    /// Three blocks of 3×3 convolution, norm and activation, then 1×1 to one channel.
+    #[default]
+    Conv,
+    /// Two such blocks.
+    Light,
+    /// None: the aggregated map itself (only where the aggregation gives one channel).
+    None,
+}
+
+/// The aligner's norm: `aligner.norm`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AlignerNorm {
+    /// Instance norm without affine parameters.
+    #[default]
+    Instance,
+    /// None.
+    None,
+}
+
+/// The aligner's activation: `aligner.activation`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AlignerActivation {
+    /// ReLU6.
+    #[default]
+    Relu6,
+    /// LeakyReLU with slope 0.1.
+    LeakyRelu,
+}
+
+/// How λ changes over a run: `loss.schedule`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LambdaSchedule {
+    /// λ throughout.
+    #[default]
+    Constant,
+    /// λ·exp(−decay·step/total).
+    Exponential,
+}

@@ -1,0 +1,593 @@
+//! A run's configuration: TOML tables, each key documented here with its default.
+//!
+//! Paths are relative to the working directory. An unknown key is refused with the nearest known one. `--set
+//! table.key=value` changes a key after the file was read; the resolved configuration is written into the run.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use toml::de::{DeTable, DeValue};
+use toml::{Spanned, Table, Value};
+
+use crate::align::options::{
+    Aggregate, AlignerActivation, AlignerKind, AlignerNorm, LambdaSchedule, Layers, WordSource,
+};
+use crate::align::words::Case;
+use crate::gpu::Tier;
+use crate::tensor::DType;
+use crate::{Error, Result, files};
+
+/// Stands for the embedded mini models and data in `model.path`, `data.path` and `data.diffusion`.
+pub const EMBEDDED: &str = "mini";
+
+/// The whole configuration.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The model that is fine-tuned.
+    pub model: Model,
+    /// What it is trained on.
+    pub data: Data,
+    /// Which words count.
+    pub words: Words,
+    /// Which attention is aligned.
+    pub attention: Attention,
+    /// The network between the model's maps and the targets.
+    pub aligner: Aligner,
+    /// The two losses.
+    pub loss: Loss,
+    /// The LoRA adapter.
+    pub lora: Lora,
+    /// The optimizer.
+    pub optimizer: Optimizer,
+    /// The length and the manner of training.
+    pub train: Train,
+    /// Weights to start from.
+    pub init: Init,
+    /// Where results go.
+    pub run: Run,
+}
+
+/// `[model]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Model {
+    /// Directory in transformers layout; default [`EMBEDDED`].
+    pub path: PathBuf,
+}
+
+/// `[data]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Data {
+    /// Data set file; default [`EMBEDDED`].
+    pub path: PathBuf,
+    /// Folder that image paths are relative to; default the data set's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub images: Option<PathBuf>,
+    /// Target store (ours or the public `lpm_attention` root). Without one, `data.diffusion` makes it in the run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub targets: Option<PathBuf>,
+    /// Diffusion model that makes targets where there are none; default none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub diffusion: Option<PathBuf>,
+    /// Whether each epoch has its own order; default true.
+    pub shuffle: bool,
+}
+
+/// `[words]`
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Words {
+    /// Which words of the model are matched; default `labels`.
+    pub source: WordSource,
+    /// How they are compared; default `lower`.
+    pub case: Case,
+}
+
+/// `[attention]`
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Attention {
+    /// How maps of layers and heads become one; default `learned`.
+    pub aggregate: Aggregate,
+    /// Which layers; default `all`.
+    pub layers: Layers,
+}
+
+/// `[aligner]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Aligner {
+    /// Default `conv`.
+    pub kind: AlignerKind,
+    /// Hidden channels; default 32.
+    pub hidden: usize,
+    /// Default `instance`.
+    pub norm: AlignerNorm,
+    /// Default `relu6`.
+    pub activation: AlignerActivation,
+}
+
+/// `[loss]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Loss {
+    /// Weight of the attention loss; default 10. 0 is the autoregressive baseline.
+    pub lambda: f64,
+    /// How λ changes; default `constant`.
+    pub schedule: LambdaSchedule,
+    /// f of the exponential schedule; default 1.
+    pub decay: f64,
+    /// First steps that train on attention alone (the language loss is scaled by 1e-7); default 0.
+    pub aligner_warmup_steps: u64,
+}
+
+/// `[lora]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Lora {
+    /// Rank; default 8.
+    pub r: usize,
+    /// Scale numerator, α of α/r; default 32.
+    pub alpha: f64,
+    /// Default 0.05.
+    pub dropout: f64,
+    /// Suffixes of the linear layers that are adapted; default `q_proj` and `v_proj`.
+    pub target_modules: Vec<String>,
+}
+
+/// `[optimizer]` (AdamW)
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Optimizer {
+    /// Learning rate; default 1e-4.
+    pub lr: f64,
+    /// Default 0.9 and 0.999.
+    pub betas: [f64; 2],
+    /// Default 1e-8.
+    pub eps: f64,
+    /// Default 0.
+    pub weight_decay: f64,
+    /// The learning rate's factor after each epoch, 1 for none; default 0.85.
+    pub gamma: f64,
+    /// Largest global gradient norm, 0 for no clipping; default 0.
+    pub grad_clip: f64,
+}
+
+/// `[train]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Train {
+    /// Samples a step; default 4.
+    pub batch: usize,
+    /// Steps in all; instead of `epochs`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub steps: Option<u64>,
+    /// Passes over the data; default 3.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epochs: Option<u64>,
+    /// Seed of the order, of dropout and of new weights; default 0.
+    pub seed: u64,
+    /// Type of the activations, `f32` or `f16`; default `f32`.
+    pub precision: Precision,
+    /// Steps between checkpoints, 0 for one at the end only; default 100.
+    pub checkpoint_every: u64,
+}
+
+/// Type of the activations: `train.precision` and `--precision`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// 32-bit floats.
+    #[default]
+    F32,
+    /// 16-bit floats; sums, norms, softmax, losses and optimizer state stay 32-bit.
+    F16,
+}
+
+impl Precision {
+    /// The tensor type. Errors: f16 on an adapter without it.
+    pub fn dtype(self, tier: &Tier) -> Result<DType> {
+        match self {
+            Self::F32 => Ok(DType::F32),
+            Self::F16 if tier.f16 => Ok(DType::F16),
+            Self::F16 => Err(Error::NoAdapter(format!(
+                "adapter {} [{}] has no 16-bit floats (SHADER_F16): use `--precision f32`, \
+                 or another adapter of `lavender-wgpu devices` by `--adapter`",
+                tier.name, tier.driver
+            ))),
+        }
+    }
+}
+
+/// `[init]`
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Init {
+    /// PEFT directory of a LoRA adapter; default new weights.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora: Option<PathBuf>,
+    /// `aligner.safetensors`; default new weights.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub aligner: Option<PathBuf>,
+}
+
+/// `[run]`
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Run {
+    /// Run directory; default the first free one of `runs/001`, `runs/002` …
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dir: Option<PathBuf>,
+}
+
+/// Every key, for messages about unknown ones.
+pub const KEYS: [&str; 37] = [
+    "model.path",
+    "data.path",
+    "data.images",
+    "data.targets",
+    "data.diffusion",
+    "data.shuffle",
+    "words.source",
+    "words.case",
+    "attention.aggregate",
+    "attention.layers",
+    "aligner.kind",
+    "aligner.hidden",
+    "aligner.norm",
+    "aligner.activation",
+    "loss.lambda",
+    "loss.schedule",
+    "loss.decay",
+    "loss.aligner_warmup_steps",
+    "lora.r",
+    "lora.alpha",
+    "lora.dropout",
+    "lora.target_modules",
+    "optimizer.lr",
+    "optimizer.betas",
+    "optimizer.eps",
+    "optimizer.weight_decay",
+    "optimizer.gamma",
+    "optimizer.grad_clip",
+    "train.batch",
+    "train.steps",
+    "train.epochs",
+    "train.seed",
+    "train.precision",
+    "train.checkpoint_every",
+    "init.lora",
+    "init.aligner",
+    "run.dir",
+];
+
+impl Default for Model {
+    fn default() -> Self {
+        Self {
+            path: EMBEDDED.into(),
+        }
+    }
+}
+
+impl Default for Data {
+    fn default() -> Self {
+        Self {
+            path: EMBEDDED.into(),
+            images: None,
+            targets: None,
+            diffusion: None,
+            shuffle: true,
+        }
+    }
+}
+
+impl Default for Aligner {
+    fn default() -> Self {
+        Self {
+            kind: AlignerKind::default(),
+            hidden: 32,
+            norm: AlignerNorm::default(),
+            activation: AlignerActivation::default(),
+        }
+    }
+}
+
+impl Default for Loss {
+    fn default() -> Self {
+        Self {
+            lambda: 10.0,
+            schedule: LambdaSchedule::default(),
+            decay: 1.0,
+            aligner_warmup_steps: 0,
+        }
+    }
+}
+
+impl Default for Lora {
+    fn default() -> Self {
+        Self {
+            r: 8,
+            alpha: 32.0,
+            dropout: 0.05,
+            target_modules: vec!["q_proj".into(), "v_proj".into()],
+        }
+    }
+}
+
+impl Default for Optimizer {
+    fn default() -> Self {
+        Self {
+            lr: 1e-4,
+            betas: [0.9, 0.999],
+            eps: 1e-8,
+            weight_decay: 0.0,
+            gamma: 0.85,
+            grad_clip: 0.0,
+        }
+    }
+}
+
+impl Default for Train {
+    fn default() -> Self {
+        Self {
+            batch: 4,
+            steps: None,
+            epochs: None,
+            seed: 0,
+            precision: Precision::default(),
+            checkpoint_every: 100,
+        }
+    }
+}
+
+impl Config {
+    /// Reads a file and applies `--set` arguments. Errors name the file and line, or the argument.
+    pub fn load(path: impl AsRef<Path>, sets: &[String]) -> Result<Self> {
+        let path = path.as_ref();
+        Self::parse(&files::read_text(path)?, path, sets)
+    }
+
+    /// [`Self::load`] of text at hand; `path` is its name in messages.
+    pub fn parse(text: &str, path: impl AsRef<Path>, sets: &[String]) -> Result<Self> {
+        let path = path.as_ref();
+        let line = |at: usize| text[..at.min(text.len())].matches('\n').count() + 1;
+        let wrong = |at: Option<std::ops::Range<usize>>, message: String| match at {
+            Some(at) => Error::file(path, format!("line {}: {message}", line(at.start))),
+            None => Error::file(path, message),
+        };
+        let whole = DeTable::parse(text).map_err(|e| wrong(e.span(), e.message().to_owned()))?;
+        let mut leaves = Vec::new();
+        check_keys(whole.get_ref(), "", &mut leaves)
+            .map_err(|(at, message)| wrong(Some(at), message))?;
+        let config: Self = toml::from_str(text).map_err(|e| {
+            let span = e.span();
+            let field = span.clone().and_then(|s| {
+                leaves
+                    .iter()
+                    .find(|(_, leaf)| leaf.start <= s.start && s.end <= leaf.end)
+            });
+            match field {
+                Some((key, _)) => wrong(span, format!("field `{key}`: {}", e.message())),
+                None => wrong(span, e.message().to_owned()),
+            }
+        })?;
+        config.check().map_err(|(key, message)| {
+            let at = leaves
+                .iter()
+                .find(|(leaf, _)| leaf == key)
+                .map(|(_, at)| at.clone());
+            wrong(at, format!("field `{key}`: {message}"))
+        })?;
+        config.with(sets)
+    }
+
+    /// This configuration with `--set` arguments applied, each checked by itself.
+    pub fn with(self, sets: &[String]) -> Result<Self> {
+        let mut config = self;
+        for set in sets {
+            config = config.with_one(set)?;
+        }
+        Ok(config)
+    }
+
+    fn with_one(&self, set: &str) -> Result<Self> {
+        let wrong = |message: String| Error::Config(format!("--set {set}: {message}"));
+        let Some((key, value)) = set.split_once('=') else {
+            return Err(wrong("expected KEY=VALUE, such as train.steps=100".into()));
+        };
+        let (key, value) = (key.trim(), value.trim());
+        if !KEYS.contains(&key) {
+            return Err(wrong(unknown(key)));
+        }
+        // As TOML where it is one (numbers, lists, booleans, quoted text), else as a plain text such as a path.
+        let parsed = toml::from_str::<Table>(&format!("v = {value}"))
+            .ok()
+            .and_then(|mut t| t.remove("v"))
+            .unwrap_or_else(|| Value::String(value.to_owned()));
+        let text = || Value::String(value.to_owned());
+        let mut last = String::new();
+        // A text that looks like a number (a folder called 7) is taken as a text where a number does not fit.
+        for candidate in [parsed, text()] {
+            let mut table = Table::try_from(self).map_err(|e| wrong(e.to_string()))?;
+            let (section, name) = key.split_once('.').unwrap_or((key, ""));
+            if let Some(Value::Table(section)) = table.get_mut(section) {
+                section.insert(name.to_owned(), candidate);
+            }
+            // Of the two ways to say how long, the one given last counts.
+            if let (Some(Value::Table(train)), "train.steps" | "train.epochs") =
+                (table.get_mut("train"), key)
+            {
+                train.remove(if key == "train.steps" {
+                    "epochs"
+                } else {
+                    "steps"
+                });
+            }
+            match table.try_into::<Self>() {
+                Ok(config) => {
+                    config
+                        .check()
+                        .map_err(|(key, message)| wrong(format!("field `{key}`: {message}")))?;
+                    return Ok(config);
+                }
+                Err(error) if last.is_empty() => last = error.message().to_owned(),
+                Err(_) => {}
+            }
+        }
+        Err(wrong(last))
+    }
+
+    /// The resolved configuration as TOML, ready to be read again.
+    pub fn to_toml(&self) -> Result<String> {
+        toml::to_string_pretty(self).map_err(|e| Error::Config(e.to_string()))
+    }
+
+    /// Steps of the run on a data set of `samples`: `train.steps`, else whole epochs (an epoch's last, smaller batch
+    /// is a step).
+    pub fn total_steps(&self, samples: usize) -> u64 {
+        match (self.train.steps, self.train.epochs) {
+            (Some(steps), _) => steps,
+            (None, epochs) => epochs.unwrap_or(3) * self.steps_per_epoch(samples),
+        }
+    }
+
+    /// Steps of one pass over `samples`.
+    pub fn steps_per_epoch(&self, samples: usize) -> u64 {
+        samples.div_ceil(self.train.batch) as u64
+    }
+
+    /// λ at `step` of `total`, by `loss.schedule`.
+    pub fn lambda(&self, step: u64, total: u64) -> f64 {
+        match self.loss.schedule {
+            LambdaSchedule::Constant => self.loss.lambda,
+            LambdaSchedule::Exponential => {
+                self.loss.lambda * (-self.loss.decay * step as f64 / total.max(1) as f64).exp()
+            }
+        }
+    }
+
+    /// The learning rate in `epoch` (from 0): `lr · gamma^epoch`.
+    pub fn learning_rate(&self, epoch: u64) -> f64 {
+        self.optimizer.lr * self.optimizer.gamma.powf(epoch as f64)
+    }
+
+    /// What types cannot say: the key and what is wrong with it.
+    fn check(&self) -> std::result::Result<(), (&'static str, String)> {
+        let positive = |key, value: f64| range(key, value, value > 0.0, "a number above 0");
+        let not_negative = |key, value: f64| range(key, value, value >= 0.0, "a number from 0");
+        let share = |key, v: f64| {
+            range(
+                key,
+                v,
+                (0.0..1.0).contains(&v),
+                "a number from 0 to below 1",
+            )
+        };
+        let at_least_one = |key, value: u64| range(key, value as f64, value >= 1, "at least 1");
+        at_least_one("aligner.hidden", self.aligner.hidden as u64)?;
+        not_negative("loss.lambda", self.loss.lambda)?;
+        not_negative("loss.decay", self.loss.decay)?;
+        at_least_one("lora.r", self.lora.r as u64)?;
+        positive("lora.alpha", self.lora.alpha)?;
+        share("lora.dropout", self.lora.dropout)?;
+        if self.lora.target_modules.is_empty() {
+            return Err((
+                "lora.target_modules",
+                "found an empty list, expected names of layers".into(),
+            ));
+        }
+        positive("optimizer.lr", self.optimizer.lr)?;
+        share("optimizer.betas", self.optimizer.betas[0])?;
+        share("optimizer.betas", self.optimizer.betas[1])?;
+        positive("optimizer.eps", self.optimizer.eps)?;
+        not_negative("optimizer.weight_decay", self.optimizer.weight_decay)?;
+        positive("optimizer.gamma", self.optimizer.gamma)?;
+        not_negative("optimizer.grad_clip", self.optimizer.grad_clip)?;
+        at_least_one("train.batch", self.train.batch as u64)?;
+        if let Some(steps) = self.train.steps {
+            at_least_one("train.steps", steps)?;
+            if self.train.epochs.is_some() {
+                return Err((
+                    "train.epochs",
+                    "found beside `train.steps`, expected one of the two".into(),
+                ));
+            }
+        }
+        at_least_one("train.epochs", self.train.epochs.unwrap_or(1))?;
+        let channels = !matches!(
+            self.attention.aggregate,
+            Aggregate::MaxMax | Aggregate::MeanMean
+        );
+        if self.aligner.kind == AlignerKind::None && channels {
+            return Err((
+                "aligner.kind",
+                "found `none`, expected an aligner: only max-max and mean-mean give one map without it".into(),
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn range(
+    key: &'static str,
+    value: f64,
+    good: bool,
+    expected: &str,
+) -> std::result::Result<(), (&'static str, String)> {
+    if good && value.is_finite() {
+        Ok(())
+    } else {
+        Err((key, format!("found {value}, expected {expected}")))
+    }
+}
+
+/// A key's name and where its value stands.
+type Leaf = (String, std::ops::Range<usize>);
+
+/// Walks a parsed file: every key has to be known; values' places go into `leaves`.
+fn check_keys(
+    table: &DeTable<'_>,
+    prefix: &str,
+    leaves: &mut Vec<Leaf>,
+) -> std::result::Result<(), (std::ops::Range<usize>, String)> {
+    for (key, value) in table.iter() {
+        let name = if prefix.is_empty() {
+            key.get_ref().to_string()
+        } else {
+            format!("{prefix}.{}", key.get_ref())
+        };
+        let value: &Spanned<DeValue<'_>> = value;
+        let is_table = KEYS
+            .iter()
+            .any(|k| k.split_once('.').is_some_and(|(t, _)| t == name));
+        match value.get_ref() {
+            DeValue::Table(inner) if is_table => check_keys(inner, &name, leaves)?,
+            _ if is_table => {
+                return Err((
+                    key.span(),
+                    format!("`{name}` is a table, expected `[{name}]` and keys under it"),
+                ));
+            }
+            _ if KEYS.contains(&name.as_str()) => leaves.push((name, value.span())),
+            _ => return Err((key.span(), unknown(&name))),
+        }
+    }
+    Ok(())
+}
+
+/// The message about an unknown key, with the nearest known one.
+fn unknown(key: &str) -> String {
+    let last = |k: &str| k.rsplit('.').next().unwrap_or_default().to_owned();
+    // A key in the wrong table is nearer than a key of the same table that looks a little like it.
+    let nearest = KEYS.iter().max_by(|a, b| {
+        let score =
+            |k: &str| strsim::jaro_winkler(k, key).max(strsim::jaro_winkler(&last(k), &last(key)));
+        score(a).total_cmp(&score(b))
+    });
+    match nearest {
+        Some(nearest) => format!("unknown key `{key}`; did you mean `{nearest}`?"),
+        None => format!("unknown key `{key}`"),
+    }
+}

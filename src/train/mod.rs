@@ -1,0 +1,3 @@
+//! Training: configuration, run directory, checkpoints, metrics, the recipe.
+
+pub mod config;

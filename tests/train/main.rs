@@ -1,0 +1,3 @@
+//! Tests of training, and of what a run writes.
+
+mod config;
