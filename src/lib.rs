@@ -7,6 +7,7 @@ pub mod align;
 pub mod autograd;
 pub mod cli;
 pub mod data;
+pub mod diffusion;
 pub mod error;
 pub mod files;
 pub mod gpu;

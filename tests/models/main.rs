@@ -7,3 +7,7 @@ mod idefics3_processor;
 mod mllama_processor;
 mod resize;
 mod smolvlm_fixture;
+mod clip_tokenizer;
+mod mllama_processor;
+mod resize;
+mod teacher_fixture;
