@@ -3,11 +3,9 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod clip_tokenizer;
 mod idefics3_processor;
 mod mllama_processor;
 mod resize;
 mod smolvlm_fixture;
-mod clip_tokenizer;
-mod mllama_processor;
-mod resize;
 mod teacher_fixture;
