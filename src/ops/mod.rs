@@ -6,12 +6,19 @@ pub mod binary;
 pub mod cast;
 pub mod concat;
 pub mod conv2d;
+pub mod cross_entropy;
+pub mod embedding;
 pub mod gather_rows;
+pub mod group_norm;
+pub mod layer_norm;
 pub mod matmul;
 pub mod permute;
 pub mod reduce;
 pub mod replace_rows;
+pub mod rms_norm;
+pub mod rotary;
 pub mod slice;
+pub mod softmax;
 pub mod unary;
 
 use crate::gpu::{Binding, Kernel};
@@ -26,16 +33,22 @@ const MAX_GROUPS: u32 = 65_535;
 /// Every kernel variant that the ops use, for the test that translates them all.
 pub fn variants() -> Vec<Kernel> {
     [
-        conv2d::variants(),
-        matmul::variants(),
-        unary::variants(),
         binary::variants(),
         cast::variants(),
+        conv2d::variants(),
+        cross_entropy::variants(),
+        embedding::variants(),
         gather_rows::variants(),
+        group_norm::variants(),
+        layer_norm::variants(),
+        matmul::variants(),
         permute::variants(),
         reduce::variants(),
         replace_rows::variants(),
+        rotary::variants(),
         slice::variants(),
+        softmax::variants(),
+        unary::variants(),
     ]
     .concat()
 }
@@ -92,4 +105,47 @@ pub(crate) fn is_f16(op: &str, x: &Tensor) -> bool {
 /// Whether elements have two bytes: kernels that only move data take those as f16 and others as u32.
 pub(crate) fn two_bytes(x: &Tensor) -> bool {
     x.dtype().bytes() == 2
+/// Threads of the kernels that reduce a row in a workgroup: one SIMD register on CPU drivers.
+pub(crate) fn row_threads(gpu: &crate::gpu::Gpu) -> u32 {
+    if gpu.tier().cpu { 8 } else { 128 }
+}
+/// Splits `rows` of `row_bytes` each into ranges (start, len) that each fit one storage binding and
+/// start where a view may start.
+pub(crate) fn row_ranges(
+    gpu: &crate::gpu::Gpu,
+    rows: usize,
+    row_bytes: usize,
+) -> Vec<(usize, usize)> {
+    row_ranges_under(
+        rows,
+        row_bytes,
+        gpu.tier().max_binding,
+        gpu.tier().offset_alignment,
+    )
+fn row_ranges_under(
+    limit: u64,
+    alignment: u64,
+    let most = (limit / row_bytes.max(1) as u64) as usize;
+    // Any multiple of `alignment` rows starts at an aligned byte.
+    let step = (most / alignment as usize * alignment as usize).max(1);
+    if rows <= most || rows == 0 {
+        return vec![(0, rows)];
+    }
+    (0..rows)
+        .step_by(step)
+        .map(|start| (start, step.min(rows - start)))
+        .collect()
+#[cfg(test)]
+mod tests {
+    use super::row_ranges_under;
+    #[test]
+    fn row_ranges_fit_the_binding_and_start_aligned() {
+        assert_eq!(row_ranges_under(10, 100, 1000, 16), [(0, 10)]);
+        for (rows, row_bytes) in [(1000, 36), (49_408, 768 * 4), (129, 514)] {
+            let ranges = row_ranges_under(rows, row_bytes, 64 * 1024, 16);
+            assert_eq!(ranges.iter().map(|r| r.1).sum::<usize>(), rows);
+            for (start, len) in ranges {
+                assert!(len * row_bytes <= 64 * 1024 && start * row_bytes % 16 == 0);
+            }
+        }
 }

@@ -3,15 +3,22 @@
 #[path = "../support/mod.rs"]
 mod support;
 
-mod conv2d;
-mod matmul;
 mod binary;
 mod cast;
 mod concat;
+mod conv2d;
+mod cross_entropy;
+mod embedding;
 mod gather_rows;
+mod group_norm;
+mod layer_norm;
+mod matmul;
 mod permute;
 mod reduce;
 mod replace_rows;
+mod rms_norm;
+mod rotary;
 mod slice;
+mod softmax;
 mod unary;
 mod variants;

@@ -78,5 +78,28 @@ pub fn float_types() -> Vec<DType> {
 
 /// A file or directory of `tests/reference`.
 pub fn reference(path: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/reference").join(path)
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/reference")
+        .join(path)
+}
+
+/// Gradient of `loss` at `x` by central differences in f64 (error about 1e-9 of the values here).
+pub fn numeric_gradient(x: &[f64], loss: impl Fn(&[f64]) -> f64) -> Vec<f64> {
+    let mut at = x.to_vec();
+    (0..x.len())
+        .map(|i| {
+            let h = 1e-5;
+            at[i] = x[i] + h;
+            let above = loss(&at);
+            at[i] = x[i] - h;
+            let below = loss(&at);
+            at[i] = x[i];
+            (above - below) / (2.0 * h)
+        })
+        .collect()
+}
+
+/// Σ a·b.
+pub fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
