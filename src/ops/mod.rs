@@ -105,10 +105,13 @@ pub(crate) fn is_f16(op: &str, x: &Tensor) -> bool {
 /// Whether elements have two bytes: kernels that only move data take those as f16 and others as u32.
 pub(crate) fn two_bytes(x: &Tensor) -> bool {
     x.dtype().bytes() == 2
+}
+
 /// Threads of the kernels that reduce a row in a workgroup: one SIMD register on CPU drivers.
 pub(crate) fn row_threads(gpu: &crate::gpu::Gpu) -> u32 {
     if gpu.tier().cpu { 8 } else { 128 }
 }
+
 /// Splits `rows` of `row_bytes` each into ranges (start, len) that each fit one storage binding and
 /// start where a view may start.
 pub(crate) fn row_ranges(
@@ -122,9 +125,14 @@ pub(crate) fn row_ranges(
         gpu.tier().max_binding,
         gpu.tier().offset_alignment,
     )
+}
+
 fn row_ranges_under(
+    rows: usize,
+    row_bytes: usize,
     limit: u64,
     alignment: u64,
+) -> Vec<(usize, usize)> {
     let most = (limit / row_bytes.max(1) as u64) as usize;
     // Any multiple of `alignment` rows starts at an aligned byte.
     let step = (most / alignment as usize * alignment as usize).max(1);
@@ -135,9 +143,12 @@ fn row_ranges_under(
         .step_by(step)
         .map(|start| (start, step.min(rows - start)))
         .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::row_ranges_under;
+
     #[test]
     fn row_ranges_fit_the_binding_and_start_aligned() {
         assert_eq!(row_ranges_under(10, 100, 1000, 16), [(0, 10)]);
@@ -148,4 +159,5 @@ mod tests {
                 assert!(len * row_bytes <= 64 * 1024 && start * row_bytes % 16 == 0);
             }
         }
+    }
 }
