@@ -2,6 +2,7 @@
 
 pub mod conversations;
 pub mod picture;
+pub mod scenes;
 mod sample;
 
 pub use sample::{DataSet, ImageRef, Part, Role, Sample, Turn};
