@@ -19,6 +19,14 @@ pub mod rms_norm;
 pub mod rotary;
 pub mod slice;
 pub mod softmax;
+pub mod adamw;
+pub mod dropout;
+pub mod finite;
+pub mod grad_norm;
+pub mod in_place;
+pub mod resize_bilinear;
+pub mod swiglu;
+pub mod upsample_nearest2x;
 pub mod unary;
 
 use crate::gpu::{Binding, Kernel};
@@ -48,6 +56,14 @@ pub fn variants() -> Vec<Kernel> {
         rotary::variants(),
         slice::variants(),
         softmax::variants(),
+        adamw::variants(),
+        dropout::variants(),
+        finite::variants(),
+        grad_norm::variants(),
+        in_place::variants(),
+        resize_bilinear::variants(),
+        swiglu::variants(),
+        upsample_nearest2x::variants(),
         unary::variants(),
     ]
     .concat()

@@ -1,0 +1,53 @@
+//! Dropout whose mask is a hash of seed and index: nothing is stored, the backward draws it again.
+
+use super::{THREADS, dispatch, is_f16, linear_groups};
+use crate::gpu::Kernel;
+use crate::tensor::Tensor;
+
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct Params {
+    vectors: u32,
+    seed_low: u32,
+    seed_high: u32,
+    /// Elements whose 32 hashed bits lie below it are dropped.
+    threshold: u32,
+    scale: f32,
+}
+
+fn kernel(f16: bool) -> Kernel {
+    Kernel::new("dropout").flag("F16", f16)
+}
+
+/// Zeroes each element with chance `p` and scales the others by 1 / (1 − p); linear in `x`, so the
+/// backward is the same call on dy with the same `seed` and `p`.
+///
+/// Element i depends on (`seed`, i) alone, through the PCG hash of Jarzynski and Olano 2020.
+/// Panics unless 0 ≤ p < 1.
+pub fn dropout(x: &Tensor, p: f32, seed: u64) -> Tensor {
+    assert!((0.0..1.0).contains(&p), "dropout: p = {p}");
+    if p == 0.0 {
+        return x.clone();
+    }
+    let y = Tensor::empty(x.gpu(), x.dtype(), x.shape());
+    let vectors = x.elements().div_ceil(4);
+    let params = Params {
+        vectors: vectors as u32,
+        seed_low: seed as u32,
+        seed_high: (seed >> 32) as u32,
+        threshold: (f64::from(p) * 4_294_967_296.0) as u32,
+        scale: 1.0 / (1.0 - p),
+    };
+    dispatch(
+        &kernel(is_f16("dropout", x)),
+        &[x, &y],
+        &params,
+        linear_groups(vectors, THREADS),
+    );
+    y
+}
+
+/// All kernels of this op.
+pub fn variants() -> Vec<Kernel> {
+    vec![kernel(false), kernel(true)]
+}

@@ -1,0 +1,76 @@
+//! Finding the first tensor that holds a NaN or an infinity.
+
+use super::{THREADS, dispatch, is_f16, linear_groups};
+use crate::error::Result;
+use crate::gpu::{Gpu, Kernel};
+use crate::tensor::{DType, Tensor};
+
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct Params {
+    elements: u32,
+    tag: u32,
+}
+
+fn kernel(f16: bool) -> Kernel {
+    Kernel::new("finite").flag("F16", f16)
+}
+
+/// A flag on the device that keeps the lowest tag of the tensors found not to be finite.
+pub struct FiniteFlag(Tensor);
+
+impl FiniteFlag {
+    /// A flag with nothing found yet.
+    pub fn new(gpu: &Gpu) -> FiniteFlag {
+        FiniteFlag(Tensor::from_u32(gpu, &[u32::MAX], &[1]))
+    }
+
+    /// Forgets what was found.
+    pub fn reset(&self) {
+        self.0.write_u32(&[u32::MAX]);
+    }
+
+    /// Notes `tag` if any element of `x` is NaN or infinite.
+    pub fn check(&self, x: &Tensor, tag: u32) {
+        let params = Params {
+            elements: x.elements() as u32,
+            tag,
+        };
+        dispatch(
+            &kernel(is_f16("finite", x)),
+            &[x, &self.0],
+            &params,
+            linear_groups(x.elements().div_ceil(4), THREADS),
+        );
+    }
+
+    /// The lowest tag noted, if any; waits for the device.
+    ///
+    /// # Errors
+    /// Any GPU error reported by then.
+    pub fn found(&self) -> Result<Option<u32>> {
+        let tag = self.0.to_u32()?[0];
+        Ok((tag != u32::MAX).then_some(tag))
+    }
+
+    /// The flag itself, u32 [1], `u32::MAX` while nothing is found: for reading back later.
+    pub fn tensor(&self) -> &Tensor {
+        &self.0
+    }
+}
+
+/// Whether every element of `x` (f32, f16) is finite; waits for the device.
+///
+/// # Errors
+/// Any GPU error reported by then.
+pub fn is_finite(x: &Tensor) -> Result<bool> {
+    debug_assert!(matches!(x.dtype(), DType::F32 | DType::F16));
+    let flag = FiniteFlag::new(x.gpu());
+    flag.check(x, 0);
+    Ok(flag.found()?.is_none())
+}
+
+/// All kernels of this op.
+pub fn variants() -> Vec<Kernel> {
+    vec![kernel(false), kernel(true)]
+}
