@@ -2,32 +2,32 @@
 //!
 //! A shape error here is a bug in our own code and panics naming the op and the shapes.
 
+pub mod adamw;
 pub mod binary;
 pub mod cast;
 pub mod concat;
 pub mod conv2d;
 pub mod cross_entropy;
+pub mod dropout;
 pub mod embedding;
+pub mod finite;
 pub mod gather_rows;
+pub mod grad_norm;
 pub mod group_norm;
+pub mod in_place;
 pub mod layer_norm;
 pub mod matmul;
 pub mod permute;
 pub mod reduce;
 pub mod replace_rows;
+pub mod resize_bilinear;
 pub mod rms_norm;
 pub mod rotary;
 pub mod slice;
 pub mod softmax;
-pub mod adamw;
-pub mod dropout;
-pub mod finite;
-pub mod grad_norm;
-pub mod in_place;
-pub mod resize_bilinear;
 pub mod swiglu;
-pub mod upsample_nearest2x;
 pub mod unary;
+pub mod upsample_nearest2x;
 
 use crate::gpu::{Binding, Kernel};
 use crate::tensor::{DType, Tensor};

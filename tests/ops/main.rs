@@ -3,30 +3,30 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod adamw;
 mod binary;
 mod cast;
 mod concat;
 mod conv2d;
 mod cross_entropy;
+mod dropout;
 mod embedding;
+mod finite;
 mod gather_rows;
+mod grad_norm;
 mod group_norm;
+mod in_place;
 mod layer_norm;
 mod matmul;
 mod permute;
 mod reduce;
 mod replace_rows;
+mod resize_bilinear;
 mod rms_norm;
 mod rotary;
 mod slice;
 mod softmax;
-mod adamw;
-mod dropout;
-mod finite;
-mod grad_norm;
-mod in_place;
-mod resize_bilinear;
 mod swiglu;
-mod upsample_nearest2x;
 mod unary;
+mod upsample_nearest2x;
 mod variants;
