@@ -1,1 +1,17 @@
+//! Floor 5: layers with weights. Knows checkpoints and LoRA, not which model it builds.
 
+mod conv2d;
+mod embedding;
+mod linear;
+mod loader;
+mod lora;
+mod norm;
+mod parameters;
+
+pub use conv2d::Conv2d;
+pub use embedding::Embedding;
+pub use linear::Linear;
+pub use loader::{Init, LoadOptions, Loader};
+pub use lora::{LoraConfig, load_lora, lora_config, save_lora, set_dropout_seed};
+pub use norm::{GroupNorm, LayerNorm, RmsNorm};
+pub use parameters::{Kind, Layout, Parameter, Parameters};

@@ -184,6 +184,15 @@ impl Checkpoint {
         Ok((dtype.widen(self.bytes(entry)), entry.shape.clone()))
     }
 
+    /// Values of tensor `name`, which must have `shape`, as f32 on the host.
+    ///
+    /// # Errors
+    /// A missing tensor, another shape or an unusable dtype.
+    pub fn values_of(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        self.entry(name, Some(shape))?;
+        Ok(self.values(name)?.0)
+    }
+
     /// Raw values of a `u32` tensor on the host, and its shape.
     ///
     /// # Errors

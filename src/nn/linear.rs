@@ -1,0 +1,50 @@
+//! Linear layers.
+
+use super::loader::{Init, Loader};
+use super::lora::Lora;
+use crate::autograd::Var;
+use crate::error::Result;
+
+/// y = x Wᵀ + b, with LoRA factors where the loader's configuration asks for them.
+pub struct Linear {
+    weight: Var,
+    bias: Option<Var>,
+    lora: Option<Lora>,
+}
+
+impl Linear {
+    /// Loads `weight` [outputs, inputs] and, where asked, `bias` [outputs].
+    ///
+    /// # Errors
+    /// A missing tensor or another shape.
+    pub fn load(loader: &Loader, inputs: usize, outputs: usize, bias: bool) -> Result<Linear> {
+        // PyTorch's default initialisation.
+        let init = Init::Uniform(1.0 / (inputs as f32).sqrt());
+        Ok(Linear {
+            weight: loader.matrix("weight", &[outputs, inputs], init)?,
+            bias: match bias {
+                true => Some(loader.vector("bias", &[outputs], Init::Zeros)?),
+                false => None,
+            },
+            lora: Lora::load(loader, inputs, outputs),
+        })
+    }
+
+    /// A layer around weights at hand (tied embeddings).
+    pub fn from_weights(weight: Var, bias: Option<Var>) -> Linear {
+        Linear {
+            weight,
+            bias,
+            lora: None,
+        }
+    }
+
+    /// x [.., inputs] → [.., outputs].
+    pub fn forward(&self, x: &Var) -> Var {
+        let y = x.linear(&self.weight, self.bias.as_ref());
+        match &self.lora {
+            Some(lora) => y.add(&lora.forward(x)),
+            None => y,
+        }
+    }
+}
