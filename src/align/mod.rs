@@ -1,5 +1,8 @@
 //! The method: words and spans, target store, word maps, aggregation, aligner, loss.
 
+pub mod aligner;
+pub mod loss;
+pub mod maps;
 pub mod options;
 pub mod store;
 pub mod words;
