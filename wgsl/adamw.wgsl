@@ -33,6 +33,13 @@ fn main(
     if i >= p.elements {
         return;
     }
+#ifdef SCALED
+    // A scale that is no number marks bad gradients: the update does not happen. The bits are asked,
+    // because compilers may assume that floats are never NaN.
+    if (bitcast<u32>(scale[0]) & 0x7f800000u) == 0x7f800000u {
+        return;
+    }
+#endif
     let old = weight[i];
 #ifdef SCALED
     let g = gradient[i] * scale[0] + p.l2 * old;

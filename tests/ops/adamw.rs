@@ -1,3 +1,4 @@
+use lavender_wgpu::ops::grad_norm::{clip_scale, grad_norm};
 use lavender_wgpu::ops::adamw::{AdamW, adamw};
 use lavender_wgpu::tensor::{DType, Tensor};
 
@@ -81,5 +82,27 @@ fn several_steps_match_the_torch_formula() {
         // Rounding of f32 parameters near 1 over moves near 0.01: (6e-8 / 1e-2)² and 12 steps.
         let error = nmse(&moved, &expected);
         assert!(error < 1e-8, "moves: NMSE {error:e}");
+    }
+}
+
+#[test]
+fn a_norm_that_is_not_finite_leaves_weights_and_moments_alone() {
+    let tensor = |v: f32| Tensor::from_f32(gpu(), &[v; 5], &[5]);
+    for bad in [f32::NAN, f32::INFINITY] {
+        let (weight, m, v) = (tensor(1.0), tensor(0.5), tensor(0.25));
+        let gradient = tensor(bad);
+        let scale = clip_scale(&grad_norm(&[&gradient]), 1.0);
+        let settings = AdamW {
+            lr: 0.1,
+            betas: (0.9, 0.999),
+            eps: 1e-8,
+            weight_decay: 0.01,
+            decoupled: true,
+            step: 3,
+        };
+        adamw(&weight, &gradient, &m, &v, &settings, Some(&scale));
+        assert_eq!(weight.to_f32().unwrap(), [1.0; 5]);
+        assert_eq!(m.to_f32().unwrap(), [0.5; 5]);
+        assert_eq!(v.to_f32().unwrap(), [0.25; 5]);
     }
 }
