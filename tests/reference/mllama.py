@@ -205,18 +205,17 @@ def build(name):
             else:
                 fan = p[0].numel()
                 p.copy_(1.3 * torch.randn_like(p) / math.sqrt(fan))
-        # The weights exactly as the file will hold them, whatever its dtype.
-        model.to(shape["dtype"]).float()
     image_processor = MllamaImageProcessorPil(
         size={"height": vision["image_size"], "width": vision["image_size"]}, max_image_tiles=4,
         image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])
     processor = MllamaProcessor(image_processor, tok, chat_template=TEMPLATE)
     model.to(shape["dtype"]).save_pretrained(folder)
-    model.float()
     processor.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     dialect(name, folder)
-    return model, processor
+    # Read back, so that the weights are what the file holds and the rotary frequencies never saw f16.
+    model = MllamaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return model.eval(), processor
 
 
 def dialect(name, folder):
