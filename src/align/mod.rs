@@ -4,5 +4,6 @@ pub mod aligner;
 pub mod loss;
 pub mod maps;
 pub mod options;
+pub mod picture;
 pub mod store;
 pub mod words;

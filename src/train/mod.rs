@@ -1,3 +1,7 @@
 //! Training: configuration, run directory, checkpoints, metrics, the recipe.
 
+pub mod checkpoint;
 pub mod config;
+pub mod events;
+pub mod metrics;
+pub mod rundir;

@@ -1,4 +1,5 @@
 //! Tests of the method's parts that need no GPU.
 
+mod picture;
 mod store;
 mod words;

@@ -1,3 +1,7 @@
 //! Tests of training, and of what a run writes.
 
+mod checkpoint;
 mod config;
+mod events;
+mod metrics;
+mod rundir;
