@@ -3,6 +3,8 @@
 //! A shape error here is a bug in our own code and panics naming the op and the shapes.
 
 pub mod adamw;
+pub mod attention;
+pub mod attention_tap;
 pub mod binary;
 pub mod cast;
 pub mod concat;
@@ -41,6 +43,8 @@ const MAX_GROUPS: u32 = 65_535;
 /// Every kernel variant that the ops use, for the test that translates them all.
 pub fn variants() -> Vec<Kernel> {
     [
+        attention::variants(),
+        attention_tap::variants(),
         binary::variants(),
         cast::variants(),
         conv2d::variants(),

@@ -4,6 +4,8 @@
 mod support;
 
 mod adamw;
+mod attention;
+mod attention_tap;
 mod binary;
 mod cast;
 mod concat;

@@ -1,0 +1,387 @@
+//! Flash attention, forward and backward: the queries × keys matrix is never stored.
+
+use super::attention_tap::{self, AttentionTap};
+use super::{THREADS, dispatch, dispatch_work, is_f16, linear_groups};
+use crate::gpu::{Gpu, Kernel};
+use crate::tensor::{DType, Tensor};
+
+/// Heads and the factor on the scores.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionShape {
+    /// Query heads H.
+    pub heads: usize,
+    /// Key/value heads Hkv, a divisor of `heads` (grouped-query attention: head h reads h·Hkv/H).
+    pub kv_heads: usize,
+    /// Factor on q·k, usually 1/√head_dim.
+    pub scale: f32,
+}
+
+/// Which keys a query sees: all that pass both tests.
+#[derive(Clone, Debug, Default)]
+pub struct AttentionMask {
+    /// Query t sees keys s ≤ t + `query_offset` only.
+    pub causal: bool,
+    /// Keys before the first query: the length of a cache.
+    pub query_offset: usize,
+    /// u32 [B, T]: a query sees keys with which it shares a bit; missing: all bits set.
+    pub query_bits: Option<Tensor>,
+    /// u32 [B, S], for keys.
+    pub key_bits: Option<Tensor>,
+}
+
+impl AttentionMask {
+    /// Query t sees keys up to t.
+    pub fn causal() -> AttentionMask {
+        AttentionMask {
+            causal: true,
+            ..AttentionMask::default()
+        }
+    }
+}
+
+/// What [`attention`] read and gave, for its backward.
+#[derive(Clone, Copy)]
+pub struct Forward<'a> {
+    /// [B, T, H·D].
+    pub q: &'a Tensor,
+    /// [B, S, Hkv·D].
+    pub k: &'a Tensor,
+    /// [B, S, Hkv·D].
+    pub v: &'a Tensor,
+    /// [B, T, H·D].
+    pub out: &'a Tensor,
+    /// f32 [B, H, T].
+    pub lse: &'a Tensor,
+}
+
+/// `Params` of `wgsl/common/attention_mask.wgsl`.
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+pub(super) struct Params {
+    queries: u32,
+    keys: u32,
+    heads: u32,
+    kv_heads: u32,
+    causal: u32,
+    query_offset: u32,
+    has_query_bits: u32,
+    has_key_bits: u32,
+    scale: f32,
+    rows: u32,
+    columns: u32,
+    batch: u32,
+}
+
+impl Params {
+    /// The same with the sizes of a tap.
+    pub fn of_tap(self, rows: usize, columns: usize) -> Params {
+        Params {
+            rows: rows as u32,
+            columns: columns as u32,
+            ..self
+        }
+    }
+}
+
+/// Sizes of one call, checked.
+#[derive(Clone, Copy)]
+pub(super) struct Sizes {
+    pub batch: usize,
+    pub queries: usize,
+    pub keys: usize,
+    pub head_dim: usize,
+    pub shape: AttentionShape,
+    pub f16: bool,
+}
+
+impl Sizes {
+    pub fn new(
+        op: &str,
+        q: &Tensor,
+        k: &Tensor,
+        shape: AttentionShape,
+        mask: &AttentionMask,
+    ) -> Sizes {
+        let AttentionShape {
+            heads, kv_heads, ..
+        } = shape;
+        let fits = q.rank() == 3
+            && k.rank() == 3
+            && q.dim(0) == k.dim(0)
+            && heads > 0
+            && kv_heads > 0
+            && heads.is_multiple_of(kv_heads)
+            && q.dim(2).is_multiple_of(heads)
+            && k.dim(2) == q.dim(2) / heads * kv_heads
+            && k.dim(1) > 0
+            && k.dtype() == q.dtype();
+        assert!(fits, "{op}: q {q:?}, k {k:?}, {shape:?}");
+        let bits = |name: &str, bits: &Option<Tensor>, tokens: usize| {
+            if let Some(bits) = bits {
+                assert!(
+                    bits.dtype() == DType::U32 && bits.elements() == q.dim(0) * tokens,
+                    "{op}: {name} {bits:?}, q {q:?}, k {k:?}"
+                );
+            }
+        };
+        bits("query_bits", &mask.query_bits, q.dim(1));
+        bits("key_bits", &mask.key_bits, k.dim(1));
+        Sizes {
+            batch: q.dim(0),
+            queries: q.dim(1),
+            keys: k.dim(1),
+            head_dim: q.dim(2) / heads,
+            shape,
+            f16: is_f16(op, q),
+        }
+    }
+
+    pub fn params(&self, mask: &AttentionMask) -> Params {
+        Params {
+            queries: self.queries as u32,
+            keys: self.keys as u32,
+            heads: self.shape.heads as u32,
+            kv_heads: self.shape.kv_heads as u32,
+            causal: u32::from(mask.causal),
+            query_offset: mask.query_offset as u32,
+            has_query_bits: u32::from(mask.query_bits.is_some()),
+            has_key_bits: u32::from(mask.key_bits.is_some()),
+            scale: self.shape.scale,
+            rows: 0,
+            columns: 0,
+            batch: self.batch as u32,
+        }
+    }
+
+    /// Query rows that share one key/value head.
+    fn rows(&self) -> usize {
+        self.queries * self.shape.heads / self.shape.kv_heads
+    }
+
+    /// FLOPs of one product over all pairs of query and key.
+    fn product(&self) -> u64 {
+        2 * (self.batch * self.shape.heads * self.queries * self.keys * self.head_dim) as u64
+    }
+
+    pub fn kernel(&self, file: &'static str, threads: u32) -> Kernel {
+        kernel(file, self.head_dim, self.f16, threads)
+    }
+}
+
+/// A kernel for heads of `head_dim`, cut into blocks that drivers unroll.
+pub(super) fn kernel(file: &'static str, head_dim: usize, f16: bool, threads: u32) -> Kernel {
+    let vectors = head_dim.div_ceil(4);
+    // Mesa unrolls up to 32 iterations, and only unrolled loops keep a head in registers.
+    let blocks = vectors.div_ceil(32);
+    Kernel::new(file)
+        .flag("F16", f16)
+        .flag("VEC4", head_dim.is_multiple_of(4))
+        .def("D", head_dim as i32)
+        .def("BLOCKS", blocks as i32)
+        .def("BLOCK", vectors.div_ceil(blocks) as i32)
+        .def("WG", threads as i32)
+}
+
+/// How the kernels divide the work.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Division {
+    /// Rows in the lanes of small workgroups, uniform addresses, no shared memory: CPU drivers.
+    Lanes,
+    /// Tiles in shared memory: GPUs.
+    Tiles,
+}
+
+impl Division {
+    /// The division that suits the adapter.
+    pub fn of(gpu: &Gpu) -> Division {
+        if gpu.tier().cpu {
+            Division::Lanes
+        } else {
+            Division::Tiles
+        }
+    }
+}
+
+/// Lanes of a workgroup of the [`Division::Lanes`] kernels.
+const LANES: usize = 8;
+
+/// Rows a thread of the [`Division::Lanes`] kernels holds, `arrays` heads of registers each.
+fn rows_per_thread(rows: usize, head_dim: usize, arrays: usize) -> usize {
+    // Up to 16 KiB of registers in 8 lanes: half of an L1 cache, where they spill to.
+    let most = 16 * 1024 / (LANES * 4 * head_dim.next_multiple_of(4) * arrays);
+    let most = most.clamp(1, 2);
+    if rows <= LANES { 1 } else { most }
+}
+
+fn bits<'a>(bits: &'a Option<Tensor>, other: &'a Tensor) -> &'a Tensor {
+    // A missing mask binds another tensor in its place and is never read.
+    bits.as_ref().unwrap_or(other)
+}
+
+/// softmax(scale·q·kᵀ + mask)·v for each head, and the log-sum-exp of each row's scores.
+///
+/// `q` [B, T, H·D], `k` and `v` [B, S, Hkv·D], f32 or f16, any D up to 256. Returns the output
+/// [B, T, H·D] and f32 [B, H, T]. A row that sees no key gives zeros. (Dao et al. 2022.)
+pub fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    shape: AttentionShape,
+    mask: &AttentionMask,
+) -> (Tensor, Tensor) {
+    attention_with(q, k, v, shape, mask, Division::of(q.gpu()))
+}
+
+/// [`attention`] with the division of the work chosen by the caller.
+pub fn attention_with(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    shape: AttentionShape,
+    mask: &AttentionMask,
+    _division: Division,
+) -> (Tensor, Tensor) {
+    let sizes = Sizes::new("attention", q, k, shape, mask);
+    assert!(
+        v.shape() == k.shape() && v.dtype() == k.dtype(),
+        "attention: k {k:?}, v {v:?}"
+    );
+    let out = Tensor::empty(q.gpu(), q.dtype(), q.shape());
+    let lse = Tensor::empty(
+        q.gpu(),
+        DType::F32,
+        &[sizes.batch, shape.heads, sizes.queries],
+    );
+    let rows = rows_per_thread(sizes.rows(), sizes.head_dim, 2);
+    dispatch_work(
+        &sizes
+            .kernel("attention", LANES as u32)
+            .def("ROWS", rows as i32),
+        &[
+            q,
+            k,
+            v,
+            bits(&mask.query_bits, q),
+            bits(&mask.key_bits, q),
+            &out,
+            &lse,
+        ],
+        &sizes.params(mask),
+        [
+            sizes.rows().div_ceil(rows * LANES) as u32,
+            shape.kv_heads as u32,
+            sizes.batch as u32,
+        ],
+        2 * sizes.product(),
+    );
+    (out, lse)
+}
+
+/// Gradients (dq, dk, dv) of [`attention`] and of its taps.
+///
+/// `dout`: gradient of the output, if any. `taps`: each tap with its probabilities and their
+/// gradient, both f32 [R, H, C]. With dS = P·(dP − Σ dP·P), the taps' dP enters the row sums and
+/// adds sparse terms to dq and dk. No atomics: the same bits every time.
+pub fn attention_backward(
+    forward: Forward<'_>,
+    dout: Option<&Tensor>,
+    taps: &[(&AttentionTap, &Tensor, &Tensor)],
+    shape: AttentionShape,
+    mask: &AttentionMask,
+) -> (Tensor, Tensor, Tensor) {
+    let division = Division::of(forward.q.gpu());
+    attention_backward_with(forward, dout, taps, shape, mask, division)
+}
+
+/// [`attention_backward`] with the division of the work chosen by the caller.
+pub fn attention_backward_with(
+    forward: Forward<'_>,
+    dout: Option<&Tensor>,
+    taps: &[(&AttentionTap, &Tensor, &Tensor)],
+    shape: AttentionShape,
+    mask: &AttentionMask,
+    _division: Division,
+) -> (Tensor, Tensor, Tensor) {
+    let Forward { q, k, v, out, lse } = forward;
+    let sizes = Sizes::new("attention_backward", q, k, shape, mask);
+    let zeros = dout
+        .is_none()
+        .then(|| Tensor::zeros(q.gpu(), q.dtype(), q.shape()));
+    let dout = dout.or(zeros.as_ref()).unwrap_or(out);
+    assert!(
+        dout.shape() == q.shape() && dout.dtype() == q.dtype() && out.shape() == q.shape(),
+        "attention_backward: q {q:?}, out {out:?}, dout {dout:?}"
+    );
+    let delta = Tensor::empty(q.gpu(), DType::F32, lse.shape());
+    dispatch(
+        &delta_kernel(sizes.head_dim, sizes.f16),
+        &[out, dout, &delta],
+        &sizes.params(mask),
+        linear_groups(delta.elements(), THREADS),
+    );
+    for (tap, probs, dprobs) in taps {
+        attention_tap::add_to_delta(&sizes, mask, tap, probs, dprobs, &delta);
+    }
+
+    let grid = |rows: usize, each: usize| {
+        let groups = rows.div_ceil(each * LANES) as u32;
+        [groups, shape.kv_heads as u32, sizes.batch as u32]
+    };
+    let (query_bits, key_bits) = (bits(&mask.query_bits, q), bits(&mask.key_bits, q));
+    let inputs = [q, k, v, query_bits, key_bits, dout, lse, &delta];
+    let dq = Tensor::empty(q.gpu(), q.dtype(), q.shape());
+    let rows = rows_per_thread(sizes.rows(), sizes.head_dim, 3);
+    dispatch_work(
+        &sizes.backward_kernel(0, rows),
+        &[&inputs[..], &[&dq]].concat(),
+        &sizes.params(mask),
+        grid(sizes.rows(), rows),
+        3 * sizes.product(),
+    );
+    let dk = Tensor::empty(q.gpu(), k.dtype(), k.shape());
+    let dv = Tensor::empty(q.gpu(), k.dtype(), k.shape());
+    let rows = rows_per_thread(sizes.keys, sizes.head_dim, 4);
+    dispatch_work(
+        &sizes.backward_kernel(1, rows),
+        &[&inputs[..], &[&dk, &dv]].concat(),
+        &sizes.params(mask),
+        grid(sizes.keys, rows),
+        4 * sizes.product(),
+    );
+    for (tap, probs, dprobs) in taps {
+        attention_tap::add_to_gradients(&sizes, mask, tap, [probs, dprobs, q, k, &dq, &dk]);
+    }
+    (dq, dk, dv)
+}
+
+impl Sizes {
+    fn backward_kernel(&self, pass: i32, rows: usize) -> Kernel {
+        self.kernel("attention_backward", LANES as u32)
+            .def("PASS", pass)
+            .def("ROWS", rows as i32)
+    }
+}
+
+fn delta_kernel(head_dim: usize, f16: bool) -> Kernel {
+    kernel("attention_delta", head_dim, f16, THREADS)
+}
+
+/// Head dimensions of the variants: not a multiple of 4, one block, more than one block.
+pub(super) const VARIANT_DIMS: [usize; 3] = [10, 64, 160];
+
+/// All kinds of kernels of this op.
+pub fn variants() -> Vec<Kernel> {
+    let mut all = Vec::new();
+    for head_dim in VARIANT_DIMS {
+        for f16 in [false, true] {
+            let lanes = LANES as u32;
+            all.push(delta_kernel(head_dim, f16));
+            all.push(kernel("attention", head_dim, f16, lanes).def("ROWS", 2));
+            for pass in [0, 1] {
+                let backward = kernel("attention_backward", head_dim, f16, lanes);
+                all.push(backward.def("PASS", pass).def("ROWS", 2));
+            }
+        }
+    }
+    all
+}
