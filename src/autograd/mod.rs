@@ -5,13 +5,13 @@
 //! topological order; each backward closure is dropped right after it ran, and with it the
 //! activations that it held.
 
-//mod attention;
+mod attention;
 mod checkpoint;
 mod functions;
 mod layers;
 mod var;
 
 pub use checkpoint::checkpoint;
-//pub use attention::{attention, attention_captured, attention_tapped};
+pub use attention::{attention, attention_captured, attention_tapped};
 pub use layers::swiglu;
 pub use var::{Gradients, Var, find_non_finite, no_grad};
