@@ -1,5 +1,16 @@
 //! Vision-language students, one file per family, and what they share.
 
+pub mod decoder;
+pub mod generate;
+pub mod idefics3;
+mod idefics3_config;
 pub mod idefics3_processor;
 pub mod mllama_processor;
 pub mod processor;
+mod sample;
+mod siglip;
+mod student;
+
+pub use generate::{Generated, Sampling};
+pub use sample::{Answer, Grid, Pictures, Prepared};
+pub use student::{Output, Student, Taps};

@@ -7,5 +7,6 @@ mod clip_tokenizer;
 mod idefics3_processor;
 mod mllama_processor;
 mod resize;
+mod smolvlm;
 mod smolvlm_fixture;
 mod teacher_fixture;

@@ -112,15 +112,14 @@ def build(name):
             else:
                 p.copy_(1.3 * torch.randn_like(p) / math.sqrt(p[0].numel()))
         model.tie_weights()
-        # The weights exactly as the file will hold them, whatever its dtype.
-        model.to(shape["dtype"]).float()
     image_processor = Idefics3ImageProcessorPil(
         size={"longest_edge": shape["longest"]}, max_image_size={"longest_edge": shape["tile"]},
         image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5], resample=1)
     processor = Idefics3Processor(image_processor, tok, image_seq_len=shape["tokens"], chat_template=TEMPLATE)
     model.to(shape["dtype"]).save_pretrained(folder)
-    model.float()
     processor.save_pretrained(folder)
+    # The weights exactly as the file holds them, and rotary frequencies that never were in half precision.
+    model = make_model.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     (folder / "generation_config.json").unlink(missing_ok=True)
     if name == "a":
         dialect(folder)

@@ -1,0 +1,141 @@
+//! One sample, on the host, ready for any family's model.
+
+use std::ops::Range;
+
+use super::idefics3_processor::Idefics3Prompt;
+use super::mllama_processor::MllamaPrompt;
+use super::processor::labels::Rendered;
+use super::processor::tokenizer::Encoded;
+
+/// The image grid that a sample's map columns form, in raster order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grid {
+    /// Rows of patches or image tokens.
+    pub height: usize,
+    /// Columns.
+    pub width: usize,
+}
+
+/// The text of one answer and where each token stands in it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// The answer as the model reads it.
+    pub text: String,
+    /// For every token of the whole sequence its span in characters of `text`; (0, 0) outside.
+    pub spans: Vec<(usize, usize)>,
+}
+
+/// What a family's model needs beside the token ids.
+#[derive(Clone, Debug)]
+pub enum Pictures {
+    /// SmolVLM, Idefics3.
+    Idefics3(Idefics3Prompt),
+    /// Llama-3.2-Vision.
+    Mllama(MllamaPrompt),
+}
+
+/// A conversation made ready: tokens, labels, words' places, pictures.
+#[derive(Clone, Debug)]
+pub struct Prepared {
+    /// Token ids, image tokens expanded.
+    pub ids: Vec<u32>,
+    /// Per position the id to be predicted there: `ids[t + 1]` where that token is learned, else
+    /// [`crate::ops::cross_entropy::IGNORE`].
+    pub labels: Vec<u32>,
+    /// The answers, in order.
+    pub answers: Vec<Answer>,
+    /// Key columns of the map grid in raster order, in the hooked attention's key sequence; empty without
+    /// a picture.
+    pub columns: Vec<u32>,
+    /// The grid that `columns` form; 0 x 0 without a picture.
+    pub grid: Grid,
+    /// Pictures in the family's own form.
+    pub pictures: Pictures,
+}
+
+impl Prepared {
+    /// Assembles a sample; `labels` are not shifted yet.
+    pub(super) fn new(
+        rendered: &Rendered,
+        encoded: &Encoded,
+        labels: &[u32],
+        (columns, grid): (Vec<u32>, Grid),
+        pictures: Pictures,
+    ) -> Self {
+        let shifted = labels.iter().skip(1).copied();
+        let answers = rendered
+            .answers
+            .iter()
+            .map(|range| answer(rendered, encoded, range));
+        Self {
+            ids: encoded.ids.clone(),
+            labels: shifted.chain([crate::ops::cross_entropy::IGNORE]).collect(),
+            answers: answers.collect(),
+            columns,
+            grid,
+            pictures,
+        }
+    }
+
+    /// Number of tokens.
+    pub fn tokens(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// Number of positions that a token is learned at.
+    pub fn learned(&self) -> usize {
+        let ignore = crate::ops::cross_entropy::IGNORE;
+        self.labels.iter().filter(|&&label| label != ignore).count()
+    }
+}
+
+fn answer(rendered: &Rendered, encoded: &Encoded, range: &Range<usize>) -> Answer {
+    let text = &rendered.text[range.clone()];
+    // Byte-level tokens may cut a character: a byte inside one counts as its first (start) or next (end).
+    let before = |byte: usize| {
+        text.char_indices()
+            .take_while(|&(at, c)| at + c.len_utf8() <= byte)
+            .count()
+    };
+    let upto = |byte: usize| text.char_indices().take_while(|&(at, _)| at < byte).count();
+    let span = |token: &Range<usize>| {
+        let (start, end) = (token.start.max(range.start), token.end.min(range.end));
+        match start < end {
+            true => (before(start - range.start), upto(end - range.start)),
+            false => (0, 0),
+        }
+    };
+    Answer {
+        text: text.to_string(),
+        spans: encoded.spans.iter().map(span).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_count_characters_and_cut_tokens_at_the_answer() {
+        let text = "Q: é A: né!é";
+        let start = text.find("né").expect("there");
+        let rendered = Rendered {
+            text: text.to_string(),
+            answers: vec![start..text.len()],
+        };
+        let bytes = text.len();
+        // A token over the space and "n", then each byte of "é" alone, then the rest.
+        let encoded = Encoded {
+            ids: vec![0; 4],
+            spans: vec![
+                start - 1..start + 1,
+                start + 1..start + 2,
+                start + 2..start + 3,
+                start + 3..bytes,
+            ],
+        };
+        let answer = answer(&rendered, &encoded, &rendered.answers[0]);
+        assert_eq!(answer.text, "né!é");
+        assert_eq!(answer.spans, [(0, 1), (1, 2), (1, 2), (2, 4)]);
+    }
+}

@@ -1,0 +1,400 @@
+//! The students' common face: what training and the command line ask of any family.
+
+use std::path::{Path, PathBuf};
+
+use image::RgbImage;
+use serde_json::Value;
+
+use super::generate::{Generated, Sampler, Sampling};
+use super::idefics3::{Idefics3, Idefics3Cache, Idefics3Config, Idefics3Input};
+use super::idefics3_processor::{Idefics3Processor, Idefics3Prompt};
+use super::processor::labels::Tail;
+use super::processor::template::Message;
+use super::processor::tokenizer::{TextTokenizer, read_json};
+use super::sample::{Grid, Pictures, Prepared};
+use crate::autograd::{Var, no_grad};
+use crate::gpu::Gpu;
+use crate::nn::{LoadOptions, Loader, Parameters};
+use crate::ops::attention_tap::AttentionTap;
+use crate::tensor::{Checkpoint, Tensor};
+use crate::{Error, Result};
+
+/// Rows of logits computed at once are limited to this many values, 64 MiB of f32.
+const MAX_LOGITS: usize = 16 << 20;
+
+/// Which attention probabilities a forward gives.
+pub struct Taps<'a> {
+    /// Hooked layers, ascending, below [`Student::hooked_layers`].
+    pub layers: &'a [usize],
+    /// Text rows u32 `[R]`, `b · T + t` with T the longest sample's tokens.
+    pub rows: Tensor,
+    /// Key columns u32 `[B, C]`, of each sample's [`Prepared::columns`], padded to the most.
+    pub columns: Tensor,
+}
+
+/// What a forward gives.
+pub struct Output {
+    /// Hidden states after the last norm `[B, T, D]`; rows past a sample's end are undefined.
+    pub hidden: Var,
+    /// Per tapped layer the probabilities f32 `[R, heads, C]`.
+    pub taps: Vec<Var>,
+}
+
+enum Family {
+    Idefics3 {
+        model: Idefics3,
+        processor: Idefics3Processor,
+    },
+}
+
+enum Cache {
+    Idefics3(Idefics3Cache),
+}
+
+/// A vision-language model with its processor.
+pub struct Student {
+    family: Family,
+    dir: PathBuf,
+    gpu: Gpu,
+    parameters: Parameters,
+    end: Vec<u32>,
+}
+
+impl Student {
+    /// Opens a checkpoint directory in the layout of its publisher.
+    ///
+    /// # Errors
+    /// A missing or unusable file, an unknown `model_type`, a missing or mis-shaped tensor, by name.
+    pub fn open(dir: impl AsRef<Path>, gpu: &Gpu, options: LoadOptions) -> Result<Self> {
+        let dir = dir.as_ref();
+        model_type(dir)?;
+        let checkpoint = Checkpoint::open(dir, "model")?;
+        Self::load(dir, &Loader::new(gpu, checkpoint, options))
+    }
+
+    /// The model that the configuration and processor files of `dir` describe, its weights from `loader`
+    /// (a random one to train from nothing).
+    ///
+    /// # Errors
+    /// As [`Student::open`].
+    pub fn load(dir: impl AsRef<Path>, loader: &Loader) -> Result<Self> {
+        let dir = dir.as_ref();
+        let (family, mut end) = match model_type(dir)?.as_str() {
+            "idefics3" | "smolvlm" => {
+                let config = Idefics3Config::load(dir)?;
+                let side = |tile| config.tile_side(tile);
+                let processor = Idefics3Processor::load(dir, |tile| side(tile) * side(tile))?;
+                config.check_tile(dir, processor.split.side)?;
+                let model = Idefics3::load(&config, loader)?;
+                (Family::Idefics3 { model, processor }, config.eos)
+            }
+            _ => unreachable!("model_type lets no other pass"),
+        };
+        let tokenizer = match &family {
+            Family::Idefics3 { processor, .. } => &processor.tokenizer,
+        };
+        end.extend(generation_end(dir)?);
+        end.extend(
+            tokenizer
+                .named("eos_token")
+                .and_then(|token| tokenizer.id(token)),
+        );
+        Ok(Self {
+            family,
+            dir: dir.to_path_buf(),
+            gpu: loader.gpu().clone(),
+            parameters: loader.parameters(),
+            end,
+        })
+    }
+
+    /// The checkpoint directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The checkpoint's tokenizer.
+    pub fn tokenizer(&self) -> &TextTokenizer {
+        match &self.family {
+            Family::Idefics3 { processor, .. } => &processor.tokenizer,
+        }
+    }
+
+    /// Number of layers whose attention can be tapped.
+    pub fn hooked_layers(&self) -> usize {
+        match &self.family {
+            Family::Idefics3 { model, .. } => model.config().layers,
+        }
+    }
+
+    /// Query heads of a hooked layer.
+    pub fn heads(&self) -> usize {
+        match &self.family {
+            Family::Idefics3 { model, .. } => model.config().heads,
+        }
+    }
+
+    /// Longest sequence in tokens.
+    pub fn context(&self) -> usize {
+        match &self.family {
+            Family::Idefics3 { model, .. } => model.config().max_positions,
+        }
+    }
+
+    /// Size of the vocabulary.
+    pub fn vocabulary(&self) -> usize {
+        match &self.family {
+            Family::Idefics3 { model, .. } => model.config().vocabulary,
+        }
+    }
+
+    /// The trainable tensors.
+    pub fn parameters(&self) -> Parameters {
+        self.parameters.clone()
+    }
+
+    /// Whether each layer is recomputed in the backward instead of keeping its activations.
+    pub fn set_checkpointing(&mut self, on: bool) {
+        match &mut self.family {
+            Family::Idefics3 { model, .. } => model.checkpointing = on,
+        }
+    }
+
+    /// Makes a sample of one picture and a conversation whose answers are learned.
+    ///
+    /// # Errors
+    /// An empty answer, image parts other than one, or more tokens than the context has.
+    pub fn prepare(&self, picture: &RgbImage, turns: &[Message]) -> Result<Prepared> {
+        self.prepare_with(std::slice::from_ref(picture), turns, Tail::None)
+    }
+
+    /// Makes a sample of any number of pictures, with what follows the messages.
+    ///
+    /// # Errors
+    /// As [`Student::prepare`]; as many image parts as pictures are expected.
+    pub fn prepare_with(
+        &self,
+        pictures: &[RgbImage],
+        turns: &[Message],
+        tail: Tail<'_>,
+    ) -> Result<Prepared> {
+        let parts: usize = turns.iter().map(Message::images).sum();
+        if parts != pictures.len() {
+            return Err(Error::Input(format!(
+                "the conversation has {parts} image parts, expected {}: one per picture",
+                pictures.len()
+            )));
+        }
+        match &self.family {
+            Family::Idefics3 { processor, .. } => {
+                let prompt = processor.conversation(turns, pictures, tail)?;
+                self.check_length(prompt.encoded.ids.len(), prompt.image_positions.len())?;
+                let side = processor.tile_tokens.isqrt();
+                let first = prompt.global.first().cloned().unwrap_or(0..0);
+                let grid = if first.is_empty() { 0 } else { side };
+                let grid = Grid {
+                    height: grid,
+                    width: grid,
+                };
+                let columns = first.map(|at| at as u32).collect();
+                let Idefics3Prompt {
+                    rendered,
+                    encoded,
+                    labels,
+                    ..
+                } = &prompt;
+                Ok(Prepared::new(
+                    rendered,
+                    encoded,
+                    labels,
+                    (columns, grid),
+                    Pictures::Idefics3(prompt.clone()),
+                ))
+            }
+        }
+    }
+
+    fn check_length(&self, tokens: usize, image_tokens: usize) -> Result<()> {
+        let context = self.context();
+        if tokens <= context {
+            return Ok(());
+        }
+        let advice = match image_tokens > context / 2 {
+            true => {
+                "cutting it would drop image tokens; use a smaller picture or a smaller `size.longest_edge`"
+            }
+            false => "shorten the text",
+        };
+        Err(Error::Input(format!(
+            "the prompt has {tokens} tokens ({image_tokens} of them for pictures), expected at most {context}, \
+             the context of {}; {advice}",
+            self.dir.display()
+        )))
+    }
+
+    /// Teacher-forced forward of a batch, padded to its longest sample.
+    ///
+    /// # Errors
+    /// A sample that another family's student prepared.
+    pub fn forward(&self, batch: &[&Prepared], taps: Option<&Taps<'_>>) -> Result<Output> {
+        let tap = taps.map(|taps| AttentionTap {
+            query_rows: taps.rows.clone(),
+            key_columns: taps.columns.clone(),
+        });
+        let layers = taps.map_or(&[][..], |taps| taps.layers);
+        match &self.family {
+            Family::Idefics3 { model, .. } => {
+                let inputs: Vec<_> = batch
+                    .iter()
+                    .map(|sample| idefics3(sample))
+                    .collect::<Result<_>>()?;
+                let (hidden, taps) = model.forward(&inputs, layers, tap.as_ref());
+                Ok(Output { hidden, taps })
+            }
+        }
+    }
+
+    /// Logits `[N, V]` of hidden rows `[N, D]`.
+    pub fn logits(&self, hidden: &Var) -> Var {
+        match &self.family {
+            Family::Idefics3 { model, .. } => model.logits(hidden),
+        }
+    }
+
+    /// Logits of every prompt token on the host, `[tokens, vocabulary]` flattened.
+    ///
+    /// # Errors
+    /// As [`Student::forward`], and GPU errors.
+    pub fn prompt_logits(&self, prompt: &Prepared) -> Result<Vec<f32>> {
+        no_grad(|| {
+            let hidden = self.forward(&[prompt], None)?.hidden;
+            let (tokens, width) = (hidden.dim(1), hidden.dim(2));
+            let rows = hidden.reshape(&[tokens, width]);
+            let step = (MAX_LOGITS / self.vocabulary()).max(1);
+            let mut out = Vec::with_capacity(tokens * self.vocabulary());
+            for start in (0..tokens).step_by(step) {
+                let part = rows.narrow(0, start, step.min(tokens - start));
+                out.extend(self.logits(&part).value().to_f32()?);
+            }
+            Ok(out)
+        })
+    }
+
+    /// Continues a prompt until an end-of-turn token, `max_tokens`, or the context's end; `on_token` sees
+    /// every token with the text that it completes.
+    ///
+    /// # Errors
+    /// As [`Student::forward`], and GPU errors.
+    pub fn generate(
+        &self,
+        prompt: &Prepared,
+        max_tokens: usize,
+        sampling: Sampling,
+        on_token: &mut dyn FnMut(u32, &str),
+    ) -> Result<Generated> {
+        let mut sampler = Sampler::new(sampling);
+        let mut out = Generated::default();
+        no_grad(|| {
+            let (mut hidden, mut cache) = self.prefill(prompt)?;
+            let room = (self.context() + 1).saturating_sub(prompt.tokens());
+            while out.tokens.len() < max_tokens.min(room) {
+                let (tokens, width) = (hidden.dim(1), hidden.dim(2));
+                let last = hidden.narrow(1, tokens - 1, 1).reshape(&[1, width]);
+                let logits = self.logits(&last).value().to_f32()?;
+                let token = sampler.choose(&logits);
+                out.tokens.push(token);
+                out.finished = self.end.contains(&token);
+                let text = self.tokenizer().decode(&out.tokens, true)?;
+                // A character whose bytes are not complete yet decodes to U+FFFD: it waits for the next.
+                if !text.ends_with('\u{fffd}') || out.finished {
+                    on_token(token, text.get(out.text.len()..).unwrap_or_default());
+                    out.text = text;
+                } else {
+                    on_token(token, "");
+                }
+                if out.finished {
+                    break;
+                }
+                if out.tokens.len() < max_tokens.min(room) {
+                    hidden = self.decode(token, &mut cache);
+                }
+            }
+            out.text = self.tokenizer().decode(&out.tokens, true)?;
+            Ok(out)
+        })
+    }
+
+    fn prefill(&self, prompt: &Prepared) -> Result<(Var, Cache)> {
+        match &self.family {
+            Family::Idefics3 { model, .. } => {
+                let (hidden, cache) = model.prefill(idefics3(prompt)?);
+                Ok((hidden, Cache::Idefics3(cache)))
+            }
+        }
+    }
+
+    fn decode(&self, token: u32, cache: &mut Cache) -> Var {
+        match (&self.family, cache) {
+            (Family::Idefics3 { model, .. }, Cache::Idefics3(cache)) => model.decode(token, cache),
+        }
+    }
+
+    /// The GPU that the model is on.
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    /// Today's module path of a LoRA factor's name in any dialect of this family's checkpoints.
+    pub fn rename_lora(&self, name: &str) -> String {
+        match &self.family {
+            // Never renamed: `model.text_model.…`, `model.vision_model.…` in every version.
+            Family::Idefics3 { .. } => name.to_string(),
+        }
+    }
+}
+
+fn idefics3(sample: &Prepared) -> Result<Idefics3Input<'_>> {
+    match &sample.pictures {
+        Pictures::Idefics3(prompt) => Ok(Idefics3Input {
+            ids: &sample.ids,
+            images: &prompt.images,
+            image_positions: &prompt.image_positions,
+        }),
+        Pictures::Mllama(_) => Err(Error::Input(
+            "a sample prepared for Llama-3.2-Vision was given to an Idefics3 model".into(),
+        )),
+    }
+}
+
+/// `model_type` of a checkpoint's `config.json`, one of those known.
+fn model_type(dir: &Path) -> Result<String> {
+    let path = dir.join("config.json");
+    let Some(json) = read_json(&path)? else {
+        return Err(Error::file(
+            &path,
+            "no such file; expected a model directory with config.json, *.safetensors, tokenizer.json",
+        ));
+    };
+    let kind = json
+        .get("model_type")
+        .and_then(Value::as_str)
+        .unwrap_or_default();
+    match kind {
+        "idefics3" | "smolvlm" => Ok(kind.to_string()),
+        _ => Err(Error::file(
+            &path,
+            format!("field `model_type`: {kind:?} found, \"smolvlm\" or \"idefics3\" expected"),
+        )),
+    }
+}
+
+/// `eos_token_id` of `generation_config.json`, if there.
+fn generation_end(dir: &Path) -> Result<Vec<u32>> {
+    let json = read_json(&dir.join("generation_config.json"))?;
+    let ids = match json.as_ref().and_then(|json| json.get("eos_token_id")) {
+        Some(Value::Array(list)) => list.iter().filter_map(Value::as_u64).collect(),
+        Some(value) => value.as_u64().into_iter().collect(),
+        None => Vec::new(),
+    };
+    Ok(ids.into_iter().map(|id| id as u32).collect())
+}
