@@ -6,4 +6,5 @@ pub mod maps;
 pub mod options;
 pub mod picture;
 pub mod store;
+pub mod targets;
 pub mod words;

@@ -1,8 +1,18 @@
 //! `attention`: the word maps of one image and text, from a diffusion model or a vision-language model.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 
+use super::Context;
 use super::targets::Mode;
+use crate::align::targets::{Item, TargetMaker, WordMaps};
+use crate::align::words::Case;
+use crate::data::ImageRef;
+use crate::diffusion::{MapLayers, StableDiffusion, TeacherOptions};
+use crate::ops::permute::permute;
+use crate::tensor::{HostTensor, Tensor, save_safetensors};
+use crate::train::config::Precision;
+use crate::{Error, Result};
 
 /// Options of `attention`.
 #[derive(Debug, clap::Args)]
@@ -47,4 +57,76 @@ pub struct Args {
     /// Also write `probs`, the maps of every layer and head (vision-language models)
     #[arg(long)]
     pub per_head: bool,
+}
+
+/// Writes the word maps of one image and text.
+///
+/// # Errors
+/// A model or image that cannot be read, a text without a word, a file that cannot be written, what the GPU reports.
+pub fn run(args: &Args, context: &Context) -> Result<()> {
+    from_diffusion(args, context)
+}
+
+/// The maps of a diffusion model, with the latents, text states and first noise prediction beside them.
+fn from_diffusion(args: &Args, context: &Context) -> Result<()> {
+    let trajectory = args.mode.trajectory(args.steps)?;
+    let image = ImageRef::Path(args.image.clone()).open()?;
+    let gpu = context.gpu()?;
+    let options = TeacherOptions {
+        activations: context.activations(Precision::default())?,
+    };
+    let model = StableDiffusion::load(gpu, &args.model, &options)?;
+    let maker = TargetMaker {
+        model: &model,
+        trajectory,
+        layers: MapLayers::default(),
+        case: Case::Lower,
+        seed: context.seed(0),
+    };
+    let mut progress = context.progress("attention", trajectory.steps());
+    let item = Item {
+        id: "--text",
+        image: &image,
+        text: &args.text,
+    };
+    let made = maker.make(&[item], |step| progress.step(format!("step {step}")))?;
+    let run = &made.recorded.run;
+    let mut tensors = word_tensors(&made.maps[0]);
+    tensors.push(("latents".into(), channels_first(&made.latents)?));
+    tensors.push(("text".into(), host(&made.recorded.text)?));
+    tensors.push(("eps0".into(), channels_first(&run.first_noise)?));
+    let mut metadata = word_metadata(&made.maps[0])?;
+    metadata.insert("mode".into(), trajectory.mode().into());
+    metadata.insert("steps".into(), trajectory.steps().to_string());
+    save_safetensors(&args.out, &tensors, Some(metadata))?;
+    context.print(format_args!(
+        "{} word maps: {}",
+        made.maps[0].words.len(),
+        args.out.display()
+    ))
+}
+
+/// `maps` and `raw`, f32 `[words, 32, 32]`.
+fn word_tensors(maps: &WordMaps) -> Vec<(String, HostTensor)> {
+    let shape = [maps.words.len(), 32, 32];
+    vec![
+        ("maps".into(), HostTensor::f32(&shape, &maps.maps)),
+        ("raw".into(), HostTensor::f32(&shape, &maps.raw)),
+    ]
+}
+
+/// `words`: a JSON list in the order of the maps.
+fn word_metadata(maps: &WordMaps) -> Result<HashMap<String, String>> {
+    let words: Vec<&str> = maps.words.iter().map(|word| word.text.as_str()).collect();
+    let words = serde_json::to_string(&words).map_err(|e| Error::Input(e.to_string()))?;
+    Ok(HashMap::from([("words".into(), words)]))
+}
+
+/// `[batch, height, width, channels]` as the libraries lay it out, `[batch, channels, height, width]`.
+fn channels_first(x: &Tensor) -> Result<HostTensor> {
+    host(&permute(x, &[0, 3, 1, 2]))
+}
+
+fn host(x: &Tensor) -> Result<HostTensor> {
+    Ok(HostTensor::f32(x.shape(), &x.to_f32()?))
 }

@@ -49,14 +49,20 @@ pub struct Cli {
 /// The subcommands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Write the word maps of one image and text
+    Attention(attention::Args),
     /// List the adapters of this machine, their drivers, tiers and limits
     Devices(devices::Args),
+    /// Make the word maps of every sample of a data set, from a diffusion model
+    Targets(targets::Args),
 }
 
 impl Command {
     fn run(&self, context: &Context) -> Result<()> {
         match self {
+            Self::Attention(args) => attention::run(args, context),
             Self::Devices(args) => devices::run(args, context),
+            Self::Targets(args) => targets::run(args, context),
         }
     }
 }

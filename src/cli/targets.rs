@@ -2,11 +2,21 @@
 
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Instant;
 
 use clap::ValueEnum;
 
-use crate::align::store::{Layout, MapType};
+use super::Context;
+use crate::align::store::{
+    Layout, MapType, Provenance, TargetOptions, TargetWriter, belongs, hash_of_files,
+};
+use crate::align::targets::{Item, TargetMaker};
 use crate::align::words::Case;
+use crate::data::{DataSet, Sample};
+use crate::diffusion::{MapLayers, StableDiffusion, TeacherOptions, Trajectory};
+use crate::gpu::Tier;
+use crate::train::config::Precision;
+use crate::{Error, Result};
 
 /// Options of `targets`.
 #[derive(Debug, clap::Args)]
@@ -48,6 +58,120 @@ pub struct Args {
     pub case: WordCase,
 }
 
+/// Writes the targets of every sample that has none yet.
+///
+/// # Errors
+/// A model, data set or image that cannot be read, a caption without a word, a store made with other options, what
+/// the GPU reports. What was finished before stays, and the next run goes on from there.
+pub fn run(args: &Args, context: &Context) -> Result<()> {
+    let trajectory = args.mode.trajectory(args.steps)?;
+    let layers = MapLayers::default();
+    let data = DataSet::load(&args.data, args.images.as_deref())?;
+    let gpu = context.gpu()?;
+    let options = TeacherOptions {
+        activations: context.activations(Precision::default())?,
+    };
+    let model = StableDiffusion::load(gpu, &args.diffusion, &options)?;
+    let maker = TargetMaker {
+        model: &model,
+        trajectory,
+        layers,
+        case: args.case.into(),
+        seed: context.seed(0),
+    };
+    let part = (args.shard.part, args.shard.parts);
+    let mut writer = TargetWriter::create(
+        &args.out,
+        args.layout.into(),
+        TargetOptions {
+            teacher_hash: hash_of_files(&model.files()?)?,
+            mode: trajectory.mode().to_owned(),
+            steps: trajectory.steps(),
+            layers: layers.name().to_owned(),
+            seed: maker.seed,
+            case: maker.case,
+            maps: args.maps.into(),
+        },
+        provenance(&model, gpu.tier()),
+        part,
+    )?;
+    let mine: Vec<&Sample> = data
+        .samples
+        .iter()
+        .filter(|sample| belongs(&sample.id, part))
+        .collect();
+    let missing: Vec<&Sample> = mine
+        .iter()
+        .filter(|sample| !writer.has(&sample.id, Some(&sample.image.file_name())))
+        .copied()
+        .collect();
+    let start = Instant::now();
+    let made = write(&maker, &missing, mine.len(), &mut writer, context);
+    // Whatever stopped the run, the finished samples are kept.
+    writer.finish()?;
+    let words = made?;
+    context.print(format_args!(
+        "{} samples, {words} word maps in {:.1} s; {} samples were there already: {}",
+        missing.len(),
+        start.elapsed().as_secs_f32(),
+        mine.len() - missing.len(),
+        args.out.display()
+    ))
+}
+
+/// Makes and stores the targets of `samples`, of `total` with those that were there; gives the number of maps.
+fn write(
+    maker: &TargetMaker,
+    samples: &[&Sample],
+    total: usize,
+    writer: &mut TargetWriter,
+    context: &Context,
+) -> Result<usize> {
+    let mut progress = context.progress("targets", total);
+    progress.skip(total - samples.len());
+    let mut words = 0;
+    for batch in samples.chunks(maker.batch_size()) {
+        context.interrupt.check()?;
+        let images = batch
+            .iter()
+            .map(|sample| sample.image.open())
+            .collect::<Result<Vec<_>>>()?;
+        let texts: Vec<String> = batch.iter().map(|sample| sample.answer()).collect();
+        let items: Vec<Item> = batch
+            .iter()
+            .zip(images.iter().zip(&texts))
+            .map(|(sample, (image, text))| Item {
+                id: &sample.id,
+                image,
+                text,
+            })
+            .collect();
+        let made = maker.make(&items, |_| ())?;
+        for ((sample, text), maps) in batch.iter().zip(&texts).zip(&made.maps) {
+            if maps.maps.iter().any(|value| !value.is_finite()) {
+                return Err(Error::Input(format!(
+                    "`{}`: the word maps are not finite; try `--precision f32`",
+                    sample.id
+                )));
+            }
+            let image = sample.image.file_name();
+            writer.put(&sample.id, Some(&image), text, &maps.words, &maps.maps)?;
+            words += maps.words.len();
+            progress.step(sample.id.clone());
+        }
+    }
+    Ok(words)
+}
+
+fn provenance(model: &StableDiffusion, tier: &Tier) -> Provenance {
+    Provenance {
+        teacher: model.path.display().to_string(),
+        adapter: tier.name.clone(),
+        driver: tier.driver.clone(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+    }
+}
+
 /// `--mode`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Mode {
@@ -55,6 +179,9 @@ pub enum Mode {
     Ddim,
     /// A forward pass at each of a few timesteps on the noised image; cheap
     Noised,
+    /// DDIM inversion with an optimised unconditional text; not available yet
+    #[value(hide = true)]
+    NullText,
 }
 
 impl Mode {
@@ -63,7 +190,13 @@ impl Mode {
         match self {
             Self::Ddim => "ddim",
             Self::Noised => "noised",
+            Self::NullText => "null-text",
         }
+    }
+
+    /// The trajectory of `--mode` and `--steps`. Errors: a mode that is not available, steps out of range.
+    pub fn trajectory(self, steps: Option<usize>) -> Result<Trajectory> {
+        Trajectory::parse(self.as_str(), steps)
     }
 }
 

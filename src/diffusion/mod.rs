@@ -3,7 +3,21 @@
 //! Every model reads the directory layout that `diffusers` writes and names its tensors as the checkpoint does.
 //! Activations are channels-last, `[batch, height, width, channels]`, in the U-Net and the VAE.
 
+pub mod clip_text;
 pub mod clip_tokenizer;
 pub mod config;
+pub mod ddim;
+pub mod maps;
+pub mod pipeline;
+pub mod resnet;
+pub mod transformer;
+pub mod unet;
+pub mod vae;
 
+pub use clip_text::{ClipText, ClipTextConfig};
 pub use clip_tokenizer::{ClipTokenizer, TextChunk};
+pub use ddim::{NoiseSchedule, SchedulerConfig};
+pub use maps::{Capture, MapLayers, TokenMaps};
+pub use pipeline::{StableDiffusion, TeacherOptions, Trajectory};
+pub use unet::{Unet, UnetConfig};
+pub use vae::{Vae, VaeConfig};

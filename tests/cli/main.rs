@@ -2,4 +2,5 @@
 
 mod devices;
 mod support;
+mod teacher;
 mod usage;

@@ -4,9 +4,11 @@
 mod support;
 
 mod clip_tokenizer;
+mod ddim;
 mod idefics3_processor;
 mod mllama_processor;
 mod resize;
 mod smolvlm;
 mod smolvlm_fixture;
+mod teacher;
 mod teacher_fixture;

@@ -1,0 +1,216 @@
+//! Word maps from the U-Net's cross-attention: which layers, averaged how.
+
+use crate::Result;
+use crate::ops::binary::{Binary, binary};
+use crate::ops::resize_bilinear::resize_bilinear;
+use crate::ops::unary::{Unary, unary};
+use crate::tensor::Tensor;
+
+/// Side R of every word map.
+pub const MAP_SIDE: usize = 32;
+
+/// Which cross-attention layers make the maps: `maps.layers`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MapLayers {
+    /// Down and up blocks at 1/2 and 1/4 of the latent side, each side's mean resized, then the mean of the two
+    /// (`"16+32"`, after the sides of Stable Diffusion v1).
+    #[default]
+    HalfAndQuarter,
+    /// Down and up blocks at 1/4 of the latent side alone (`"16"`), as prompt-to-prompt does.
+    Quarter,
+    /// Every layer but those at 1/8 of the latent side, each resized (`"daam"`; Tang et al. 2022).
+    Daam,
+}
+
+impl MapLayers {
+    /// Parses `"16"`, `"16+32"` or `"daam"`.
+    pub fn parse(name: &str) -> Result<Self> {
+        match name {
+            "16+32" => Ok(MapLayers::HalfAndQuarter),
+            "16" => Ok(MapLayers::Quarter),
+            "daam" => Ok(MapLayers::Daam),
+            other => Err(crate::Error::Config(format!(
+                "maps.layers: found \"{other}\", expected \"16+32\", \"16\" or \"daam\""
+            ))),
+        }
+    }
+
+    /// The name that [`MapLayers::parse`] reads.
+    pub fn name(self) -> &'static str {
+        match self {
+            MapLayers::HalfAndQuarter => "16+32",
+            MapLayers::Quarter => "16",
+            MapLayers::Daam => "daam",
+        }
+    }
+
+    fn wants(self, layer: &str, side: usize, latent_side: usize) -> bool {
+        let outer = layer.starts_with("down_blocks.") || layer.starts_with("up_blocks.");
+        match self {
+            MapLayers::HalfAndQuarter => {
+                outer && (2 * side == latent_side || 4 * side == latent_side)
+            }
+            MapLayers::Quarter => outer && 4 * side == latent_side,
+            MapLayers::Daam => 8 * side != latent_side,
+        }
+    }
+}
+
+/// A layer's maps, summed over steps.
+struct LayerSum {
+    name: String,
+    side: usize,
+    /// f32 `[batch, side², tokens]`.
+    sum: Tensor,
+    steps: usize,
+}
+
+/// Collects cross-attention maps over a U-Net's layers and over steps; the hook of [`super::Unet::forward`].
+///
+/// It is handed probabilities already averaged over heads, and keeps one sum a layer.
+pub struct Capture {
+    layers: MapLayers,
+    latent_side: usize,
+    sums: Vec<LayerSum>,
+}
+
+impl Capture {
+    /// An empty capture for latents of `latent_side`².
+    pub fn new(layers: MapLayers, latent_side: usize) -> Self {
+        Capture {
+            layers,
+            latent_side,
+            sums: Vec::new(),
+        }
+    }
+
+    /// Whether the layer `name` (`down_blocks.1.attentions.0.transformer_blocks.0`) with a query grid of `side`² is
+    /// one to record.
+    pub fn wants(&self, name: &str, side: usize) -> bool {
+        self.layers.wants(name, side, self.latent_side)
+    }
+
+    /// Adds one step's mean-over-heads probabilities, f32 `[batch, height·width, tokens]`.
+    pub fn add(&mut self, name: &str, height: usize, width: usize, probs: Tensor) {
+        assert_eq!(height, width, "capture of {name}: the grid must be square");
+        match self.sums.iter_mut().find(|layer| layer.name == name) {
+            Some(layer) => {
+                layer.sum = binary(&layer.sum, &probs, Binary::Add);
+                layer.steps += 1;
+            }
+            None => self.sums.push(LayerSum {
+                name: name.to_string(),
+                side: height,
+                sum: probs,
+                steps: 1,
+            }),
+        }
+    }
+
+    /// Every layer's name, side and mean over its steps, f32 `[batch, side², tokens]`.
+    pub fn layers(&self) -> impl Iterator<Item = (&str, usize, Tensor)> {
+        self.sums
+            .iter()
+            .map(|l| (l.name.as_str(), l.side, scale(&l.sum, l.steps)))
+    }
+
+    /// The maps of every context position, f32 `[batch, R, R, tokens]`: layers of a side averaged, each side resized
+    /// to R = 32, sides averaged (for [`MapLayers::Daam`] all layers weigh the same).
+    ///
+    /// # Errors
+    /// The U-Net has no layer of the sides asked for.
+    pub fn aggregate(&self) -> Result<Tensor> {
+        let mut sides: Vec<usize> = self.sums.iter().map(|l| l.side).collect();
+        sides.sort_unstable();
+        sides.dedup();
+        let needed = match self.layers {
+            MapLayers::HalfAndQuarter => 2,
+            MapLayers::Quarter | MapLayers::Daam => 1,
+        };
+        if sides.len() < needed {
+            return Err(crate::Error::Config(format!(
+                "maps.layers = \"{}\" needs cross-attention at {}, but this U-Net of latent side {} has it at {sides:?} only",
+                self.layers.name(),
+                match self.layers {
+                    MapLayers::HalfAndQuarter => "1/2 and 1/4 of the latent side",
+                    MapLayers::Quarter => "1/4 of the latent side",
+                    MapLayers::Daam => "a side other than 1/8 of the latent side",
+                },
+                self.latent_side,
+            )));
+        }
+        let mut total: Option<Tensor> = None;
+        let mut weight = 0;
+        for side in sides {
+            let maps: Vec<Tensor> = self
+                .layers()
+                .filter(|&(_, s, _)| s == side)
+                .map(|(_, _, maps)| maps)
+                .collect();
+            let sum = maps
+                .iter()
+                .skip(1)
+                .fold(maps[0].clone(), |sum, m| binary(&sum, m, Binary::Add));
+            let (of_side, count) = match self.layers {
+                MapLayers::Daam => (sum, maps.len()),
+                _ => (scale(&sum, maps.len()), 1),
+            };
+            let (batch, tokens) = (of_side.dim(0), of_side.dim(2));
+            let grid = of_side.reshape(&[batch, side, side, tokens]);
+            let resized = resize_bilinear(&grid, MAP_SIDE, MAP_SIDE);
+            weight += count;
+            total = Some(match total {
+                Some(total) => binary(&total, &resized, Binary::Add),
+                None => resized,
+            });
+        }
+        let total = total.expect("at least one side was checked for");
+        Ok(scale(&total, weight))
+    }
+}
+
+/// `x / count`.
+fn scale(x: &Tensor, count: usize) -> Tensor {
+    if count == 1 {
+        return x.clone();
+    }
+    unary(x, Unary::Affine(1.0 / count as f32, 0.0))
+}
+
+/// The maps of a text's tokens, those of all its chunks in text order.
+#[derive(Clone, Debug, Default)]
+pub struct TokenMaps {
+    /// Where each token stands: `[start, end)` in characters of the text. No BOS, EOS or padding.
+    pub offsets: Vec<(usize, usize)>,
+    /// A map of R·R probabilities a token, row-major.
+    pub maps: Vec<Vec<f32>>,
+}
+
+impl TokenMaps {
+    /// Adds a chunk: its tokens' offsets, and `[R, R, context]` maps whose position 0 is BOS.
+    pub fn push(&mut self, offsets: &[(usize, usize)], context_maps: &[f32]) {
+        let context = context_maps.len() / (MAP_SIDE * MAP_SIDE);
+        for (i, &offset) in offsets.iter().enumerate() {
+            self.offsets.push(offset);
+            self.maps.push(
+                context_maps
+                    .iter()
+                    .skip(1 + i)
+                    .step_by(context)
+                    .copied()
+                    .collect(),
+            );
+        }
+    }
+
+    /// The weighted sum of tokens' maps: a word's `raw` map from the weights of its tokens.
+    pub fn weighted(&self, weights: &[(usize, f32)]) -> Vec<f32> {
+        let mut map = vec![0.0; MAP_SIDE * MAP_SIDE];
+        for &(token, weight) in weights {
+            for (sum, value) in map.iter_mut().zip(&self.maps[token]) {
+                *sum += weight * value;
+            }
+        }
+        map
+    }
+}

@@ -1,0 +1,467 @@
+//! A whole Stable Diffusion checkpoint, and its trajectories on which word maps are recorded.
+
+use std::path::{Path, PathBuf};
+
+use image::RgbImage;
+
+use super::clip_text::{self, ClipText, ClipTextConfig};
+use super::clip_tokenizer::{ClipTokenizer, TextChunk};
+use super::config::ConfigFile;
+use super::ddim::{NoiseSchedule, SchedulerConfig, gaussian};
+use super::maps::{Capture, MapLayers, TokenMaps};
+use super::unet::{Unet, UnetConfig};
+use super::vae::{self, Vae, VaeConfig};
+use crate::autograd::{Var, no_grad};
+use crate::gpu::Gpu;
+use crate::nn::{LoadOptions, Loader};
+use crate::ops::cast::cast;
+use crate::ops::gather_rows::gather_rows;
+use crate::ops::unary::{Unary, unary};
+use crate::tensor::{Checkpoint, DType, Tensor};
+use crate::vlm::processor::resize::{Filter, resize};
+use crate::{Error, Result};
+
+/// How to load a teacher.
+#[derive(Clone, Copy, Debug)]
+pub struct TeacherOptions {
+    /// Dtype of the activations, f32 or f16; latents and maps stay f32.
+    pub activations: DType,
+}
+
+impl Default for TeacherOptions {
+    fn default() -> Self {
+        TeacherOptions {
+            activations: DType::F32,
+        }
+    }
+}
+
+/// The path of noise levels along which maps are recorded: `--mode` and `--steps`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trajectory {
+    /// DDIM inversion with so many steps, recording at each; no randomness.
+    Ddim {
+        /// Steps N; timestep i · (1000 / N) for i below N.
+        steps: usize,
+    },
+    /// One forward at each of a few timesteps on q(x_t | x₀), recording at each.
+    Noised {
+        /// Timesteps, spread evenly over 1 … 600.
+        steps: usize,
+    },
+}
+
+impl Trajectory {
+    /// Steps of the inversion where none are given.
+    pub const DDIM_STEPS: usize = 50;
+    /// Timesteps of the `noised` mode where none are given.
+    pub const NOISED_STEPS: usize = 5;
+
+    /// Parses `--mode` and an optional `--steps`. Errors: an unknown mode, a step count that the schedule cannot make.
+    pub fn parse(mode: &str, steps: Option<usize>) -> Result<Self> {
+        let trajectory = match mode {
+            "ddim" => Trajectory::Ddim {
+                steps: steps.unwrap_or(Self::DDIM_STEPS),
+            },
+            "noised" => Trajectory::Noised {
+                steps: steps.unwrap_or(Self::NOISED_STEPS),
+            },
+            "null-text" => {
+                return Err(Error::Config(
+                    "--mode null-text is not available yet; the modes that are: ddim, noised"
+                        .into(),
+                ));
+            }
+            other => {
+                return Err(Error::Config(format!(
+                    "--mode: found \"{other}\", expected \"ddim\" or \"noised\""
+                )));
+            }
+        };
+        if !(1..=1000).contains(&trajectory.steps()) {
+            return Err(Error::Config(format!(
+                "--steps: found {}, expected 1 to 1000",
+                trajectory.steps()
+            )));
+        }
+        Ok(trajectory)
+    }
+
+    /// `"ddim"` or `"noised"`.
+    pub fn mode(&self) -> &'static str {
+        match self {
+            Trajectory::Ddim { .. } => "ddim",
+            Trajectory::Noised { .. } => "noised",
+        }
+    }
+
+    /// U-Net evaluations of one pass.
+    pub fn steps(&self) -> usize {
+        match *self {
+            Trajectory::Ddim { steps } | Trajectory::Noised { steps } => steps,
+        }
+    }
+}
+
+/// What one run over a trajectory leaves.
+pub struct TrajectoryRun {
+    /// The first noise prediction, f32 `[batch, height, width, channels]`.
+    pub first_noise: Tensor,
+    /// The latents after the last step (inverted), or at the last noise level.
+    pub latents: Tensor,
+    /// The maps that were recorded.
+    pub capture: Capture,
+}
+
+/// Token maps of a batch, and what they were read from.
+pub struct Recorded {
+    /// One a sample.
+    pub tokens: Vec<TokenMaps>,
+    /// Text states of every chunk, `[chunks, context, width]`.
+    pub text: Tensor,
+    /// The trajectory of every chunk.
+    pub run: TrajectoryRun,
+}
+
+/// Tokenizer, text encoder, VAE, U-Net and noise schedule of one checkpoint.
+pub struct StableDiffusion {
+    /// The directory it was loaded from.
+    pub path: PathBuf,
+    /// Text to ids.
+    pub tokenizer: ClipTokenizer,
+    /// Ids to states.
+    pub text_encoder: ClipText,
+    /// Pixels to latents and back.
+    pub vae: Vae,
+    /// The noise predictor.
+    pub unet: Unet,
+    /// ᾱ over timesteps.
+    pub schedule: NoiseSchedule,
+    gpu: Gpu,
+    activations: DType,
+}
+
+impl StableDiffusion {
+    /// Loads a directory in the layout of `diffusers`, frozen.
+    ///
+    /// # Errors
+    /// A pickled or single-file checkpoint (with the command that converts it), another pipeline than Stable
+    /// Diffusion v1, any file, field or tensor that is missing or does not fit.
+    pub fn load(gpu: &Gpu, dir: impl AsRef<Path>, options: &TeacherOptions) -> Result<Self> {
+        let dir = dir.as_ref();
+        check_layout(dir)?;
+        let text_config = ClipTextConfig::read(dir.join("text_encoder/config.json"))?;
+        let vae_config = VaeConfig::read(dir.join("vae/config.json"))?;
+        let unet_path = dir.join("unet/config.json");
+        let unet_config = UnetConfig::read(&unet_path)?;
+        for (field, found, expected, of) in [
+            (
+                "cross_attention_dim",
+                unet_config.cross_attention_dim,
+                text_config.hidden_size,
+                "the text encoder's `hidden_size`",
+            ),
+            (
+                "in_channels",
+                unet_config.in_channels,
+                vae_config.latent_channels,
+                "the VAE's `latent_channels`",
+            ),
+            (
+                "out_channels",
+                unet_config.out_channels,
+                vae_config.latent_channels,
+                "the VAE's `latent_channels`",
+            ),
+        ] {
+            if found != expected {
+                return Err(Error::file(
+                    &unet_path,
+                    format!("field `{field}`: found {found}, expected {expected}, {of}"),
+                ));
+            }
+        }
+        let scheduler = SchedulerConfig::read(dir.join("scheduler/scheduler_config.json"))?;
+        let loader = |part: &str, stem: &str, rename: fn(&str) -> String| -> Result<Loader> {
+            let folder = dir.join(part);
+            refuse_pickles(dir, &folder)?;
+            let checkpoint = Checkpoint::open(&folder, stem)?.rename(rename);
+            let options = LoadOptions {
+                activations: options.activations,
+                ..LoadOptions::default()
+            };
+            Ok(Loader::new(gpu, checkpoint, options))
+        };
+        let weights = "diffusion_pytorch_model";
+        Ok(StableDiffusion {
+            path: dir.to_path_buf(),
+            tokenizer: ClipTokenizer::load(
+                &dir.join("tokenizer"),
+                text_config.max_position_embeddings,
+                text_config.vocab_size,
+            )?,
+            text_encoder: ClipText::load(
+                &text_config,
+                &loader("text_encoder", "model", clip_text::canonical_name)?,
+            )?,
+            vae: Vae::load(&vae_config, &loader("vae", weights, vae::canonical_name)?)?,
+            unet: Unet::load(&unet_config, &loader("unet", weights, str::to_string)?)?,
+            schedule: NoiseSchedule::new(&scheduler),
+            gpu: gpu.clone(),
+            activations: options.activations,
+        })
+    }
+
+    /// The files that decide its maps, in a fixed order: weights, configurations and tokenizer.
+    ///
+    /// # Errors
+    /// A directory that cannot be listed.
+    pub fn files(&self) -> Result<Vec<PathBuf>> {
+        let mut files = Vec::new();
+        for part in ["scheduler", "text_encoder", "tokenizer", "unet", "vae"] {
+            let folder = self.path.join(part);
+            let entries = std::fs::read_dir(&folder).map_err(|e| Error::io(&folder, e))?;
+            files.extend(entries.flatten().map(|entry| entry.path()).filter(|path| {
+                path.extension()
+                    .is_some_and(|e| e == "json" || e == "txt" || e == "safetensors")
+            }));
+        }
+        files.sort();
+        Ok(files)
+    }
+
+    /// Side of the latents.
+    pub fn latent_side(&self) -> usize {
+        self.unet.config().sample_size
+    }
+
+    /// Side in pixels of the images it takes: `unet.sample_size` × 2^(VAE levels − 1).
+    pub fn image_side(&self) -> usize {
+        self.latent_side() * self.vae.config().factor()
+    }
+
+    /// An image as the VAE takes it, f32 in −1…1 `[1, side, side, 3]`: cropped to the square in its middle, resized
+    /// with a Lanczos filter as `diffusers`' image processor does.
+    pub fn prepare_image(&self, image: &RgbImage) -> Tensor {
+        let (width, height) = image.dimensions();
+        let square = width.min(height);
+        let (left, top) = ((width - square) / 2, (height - square) / 2);
+        let cropped = image::imageops::crop_imm(image, left, top, square, square).to_image();
+        let side = self.image_side();
+        let resized = resize(&cropped, side as u32, side as u32, Filter::Lanczos);
+        let values: Vec<f32> = resized
+            .iter()
+            .map(|&v| f32::from(v) / 127.5 - 1.0)
+            .collect();
+        Tensor::from_f32(&self.gpu, &values, &[1, side, side, 3])
+    }
+
+    /// Latents (mean × scaling factor) f32 `[batch, height, width, channels]` of images f32 in −1…1
+    /// `[batch, side, side, 3]`.
+    pub fn encode_images(&self, images: &Tensor) -> Tensor {
+        no_grad(|| {
+            let mean = self.vae.encode(&self.activation(images)).mean;
+            let mean = cast(mean.value(), DType::F32);
+            unary(&mean, Unary::Affine(self.vae.config().scaling_factor, 0.0))
+        })
+    }
+
+    /// Text states `[chunks, context, width]` of tokenised chunks, in the activations' dtype.
+    pub fn encode_text(&self, chunks: &[&TextChunk]) -> Tensor {
+        let ids: Vec<u32> = chunks.iter().flat_map(|c| c.ids.iter().copied()).collect();
+        let context = ids.len() / chunks.len();
+        let ids = Tensor::from_u32(&self.gpu, &ids, &[chunks.len(), context]);
+        no_grad(|| self.text_encoder.forward(&ids).value().clone())
+    }
+
+    /// The noise in f32 latents at a timestep, f32; `text` one state a sample.
+    pub fn predict_noise(
+        &self,
+        latents: &Tensor,
+        timestep: usize,
+        text: &Tensor,
+        capture: Option<&mut Capture>,
+    ) -> Tensor {
+        no_grad(|| {
+            let timesteps = vec![timestep; latents.dim(0)];
+            let text = Var::constant(text.clone());
+            let x = self.activation(latents);
+            let noise = self.unet.forward(&x, &timesteps, &text, capture);
+            cast(noise.value(), DType::F32)
+        })
+    }
+
+    /// Runs a trajectory from clean `latents` `[batch, height, width, channels]` with `text`
+    /// `[batch, context, width]`, recording the maps of `layers`.
+    ///
+    /// `seeds`, one a sample, fix the noise of [`Trajectory::Noised`], so that a sample's maps do not depend on which
+    /// others share its batch. `on_step` is told after each step.
+    ///
+    /// # Errors
+    /// What the GPU reports at a step's boundary.
+    pub fn run(
+        &self,
+        latents: &Tensor,
+        text: &Tensor,
+        trajectory: Trajectory,
+        layers: MapLayers,
+        seeds: &[u64],
+        mut on_step: impl FnMut(usize),
+    ) -> Result<TrajectoryRun> {
+        let mut capture = Capture::new(layers, latents.dim(1));
+        let mut first = None;
+        let mut x = latents.clone();
+        match trajectory {
+            Trajectory::Ddim { steps } => {
+                let timesteps = self.schedule.timesteps(steps);
+                let stride = (self.schedule.train_timesteps() / steps) as isize;
+                for (i, &t) in timesteps.iter().enumerate() {
+                    let noise = self.predict_noise(&x, t, text, Some(&mut capture));
+                    x = self
+                        .schedule
+                        .step(&x, &noise, t as isize - stride, t as isize);
+                    first.get_or_insert(noise);
+                    self.gpu.check()?;
+                    on_step(i);
+                }
+            }
+            Trajectory::Noised { steps } => {
+                let each = latents.elements() / latents.dim(0);
+                let noise: Vec<f32> = seeds.iter().flat_map(|&s| gaussian(s, each)).collect();
+                let noise = Tensor::from_f32(&self.gpu, &noise, latents.shape());
+                for (i, &t) in self.schedule.noised_timesteps(steps).iter().enumerate() {
+                    x = self.schedule.add_noise(latents, &noise, t);
+                    let predicted = self.predict_noise(&x, t, text, Some(&mut capture));
+                    first.get_or_insert(predicted);
+                    self.gpu.check()?;
+                    on_step(i);
+                }
+            }
+        }
+        Ok(TrajectoryRun {
+            first_noise: first.expect("a trajectory has at least one step"),
+            latents: x,
+            capture,
+        })
+    }
+
+    /// Token maps of each text on its image: `latents` `[samples, …]` and one list of chunks a sample.
+    ///
+    /// All chunks of all samples run as one batch. Errors as [`StableDiffusion::run`].
+    pub fn token_maps(
+        &self,
+        latents: &Tensor,
+        texts: &[Vec<TextChunk>],
+        trajectory: Trajectory,
+        layers: MapLayers,
+        seeds: &[u64],
+        on_step: impl FnMut(usize),
+    ) -> Result<Recorded> {
+        let chunks: Vec<&TextChunk> = texts.iter().flatten().collect();
+        let text = self.encode_text(&chunks);
+        let owner: Vec<usize> = texts
+            .iter()
+            .enumerate()
+            .flat_map(|(sample, chunks)| vec![sample; chunks.len()])
+            .collect();
+        let repeated = repeat_samples(latents, &owner);
+        let seeds: Vec<u64> = owner.iter().map(|&sample| seeds[sample]).collect();
+        let run = self.run(&repeated, &text, trajectory, layers, &seeds, on_step)?;
+        let maps = run.capture.aggregate()?.to_f32()?;
+        let each = maps.len() / chunks.len();
+        let mut tokens = vec![TokenMaps::default(); texts.len()];
+        for ((chunk, maps), sample) in chunks.iter().zip(maps.chunks(each)).zip(owner) {
+            tokens[sample].push(&chunk.offsets, maps);
+        }
+        Ok(Recorded { tokens, text, run })
+    }
+
+    fn activation(&self, x: &Tensor) -> Var {
+        Var::constant(cast(x, self.activations))
+    }
+}
+
+/// `x` `[samples, …]` with sample `owner[i]` at place i.
+pub fn repeat_samples(x: &Tensor, owner: &[usize]) -> Tensor {
+    if owner.iter().copied().eq(0..x.dim(0)) {
+        return x.clone();
+    }
+    let flat = x.reshape(&[x.dim(0), x.elements() / x.dim(0)]);
+    let rows: Vec<u32> = owner.iter().map(|&s| s as u32).collect();
+    let rows = Tensor::from_u32(x.gpu(), &rows, &[rows.len()]);
+    let mut shape = x.shape().to_vec();
+    shape[0] = owner.len();
+    gather_rows(&flat, &rows).reshape(&shape)
+}
+
+/// Whether `path` looks like a diffusion model rather than a language model: it has a `model_index.json`.
+pub fn is_diffusion(path: &Path) -> bool {
+    path.join("model_index.json").is_file()
+}
+
+/// Refuses what is not a Stable Diffusion v1 directory, saying what it is.
+fn check_layout(dir: &Path) -> Result<()> {
+    if dir.is_file() {
+        return Err(Error::file(
+            dir,
+            format!(
+                "a single-file checkpoint, expected a directory as diffusers writes it; convert it: \
+                 python -c \"from diffusers import StableDiffusionPipeline as P; \
+                 P.from_single_file('{}').save_pretrained('{}')\"",
+                dir.display(),
+                dir.with_extension("").display(),
+            ),
+        ));
+    }
+    let index = dir.join("model_index.json");
+    if !index.is_file() {
+        return Err(Error::file(
+            dir,
+            "no model_index.json, expected a directory as diffusers writes it \
+             (model_index.json, unet/, vae/, text_encoder/, tokenizer/, scheduler/)",
+        ));
+    }
+    let file = ConfigFile::read(&index)?;
+    for (part, class) in [
+        ("unet", "UNet2DConditionModel"),
+        ("vae", "AutoencoderKL"),
+        ("text_encoder", "CLIPTextModel"),
+    ] {
+        let found: Vec<Option<String>> = file.required(part)?;
+        if found.last() != Some(&Some(class.to_string())) {
+            return Err(file.error(
+                part,
+                format!("found {found:?}, expected {class}: only Stable Diffusion v1 is supported"),
+            ));
+        }
+    }
+    for part in ["text_encoder_2", "transformer"] {
+        file.absent(part)?;
+    }
+    Ok(())
+}
+
+/// Refuses a component whose weights are pickled.
+fn refuse_pickles(dir: &Path, folder: &Path) -> Result<()> {
+    let files = std::fs::read_dir(folder).map_err(|e| Error::io(folder, e))?;
+    let names: Vec<PathBuf> = files.flatten().map(|entry| entry.path()).collect();
+    let is = |path: &&PathBuf, extensions: &[&str]| {
+        path.extension()
+            .is_some_and(|e| extensions.iter().any(|x| e.eq_ignore_ascii_case(x)))
+    };
+    if names.iter().any(|n| is(&n, &["safetensors"])) {
+        return Ok(());
+    }
+    match names.iter().find(|n| is(n, &["bin", "ckpt", "pt", "pth"])) {
+        Some(pickled) => Err(Error::file(
+            pickled,
+            format!(
+                "a pickled checkpoint can run code when opened and is not read; convert it: \
+                 python -c \"from diffusers import StableDiffusionPipeline as P; \
+                 P.from_pretrained('{0}').save_pretrained('{0}-safetensors', safe_serialization=True)\"",
+                dir.display()
+            ),
+        )),
+        None => Ok(()),
+    }
+}
