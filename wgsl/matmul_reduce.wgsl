@@ -14,6 +14,8 @@ struct Params {
     matrix: u32,
     n: u32,
     splits: u32,
+    sums_start: u32,
+    c_start: u32,
     has_bias: u32,
     has_residual: u32,
     function: u32,
@@ -37,7 +39,7 @@ fn main(
     if i >= p.elements {
         return;
     }
-    let at = (i / p.matrix) * p.matrix * p.splits + i % p.matrix;
+    let at = p.sums_start + (i / p.matrix) * p.matrix * p.splits + i % p.matrix;
     var v = 0.0;
     for (var s = 0u; s < p.splits; s++) {
         v += parts[at + s * p.matrix];
@@ -47,7 +49,7 @@ fn main(
     }
     v = activation(p.function, p.fa, p.fb, v);
     if p.has_residual != 0u {
-        v += f32(residual[i]);
+        v += f32(residual[p.c_start + i]);
     }
-    c[i] = CElem(v);
+    c[p.c_start + i] = CElem(v);
 }

@@ -1,7 +1,8 @@
 //! Matrix product with transposed or broadcast operands and a fused epilogue.
 
+use super::rows::{self, RowsParams, Strided};
 use super::unary::Unary;
-use super::{THREADS, dispatch, dispatch_work, is_f16, linear_groups};
+use super::{THREADS, dispatch, dispatch_work, grid, is_f16, linear_groups};
 use crate::gpu::Kernel;
 use crate::tensor::{DType, Tensor};
 
@@ -28,6 +29,10 @@ pub struct MatmulOptions<'a> {
 pub enum Variant {
     /// Shared-memory tile of 16·PER squared, for GPUs.
     Tile(u32),
+    /// Register tile without shared memory, for drivers that run on the CPU.
+    Rows,
+    /// At most eight rows of `a` by a transposed `b`; threads that share a row of `b`.
+    Vector(u32),
 }
 
 /// One product of matrices inside larger storages, all in elements.
@@ -84,7 +89,7 @@ struct Params {
 /// The tail of every kernel's parameters that ends in an epilogue.
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-pub(crate) struct Epilogue {
+struct Epilogue {
     has_bias: u32,
     has_residual: u32,
     function: u32,
@@ -93,12 +98,11 @@ pub(crate) struct Epilogue {
 }
 
 impl Epilogue {
-    /// The epilogue of these parts; `Epilogue::default()` does nothing.
-    pub fn new(bias: bool, residual: bool, activation: Option<Unary>) -> Epilogue {
-        let (code, [a, b]) = activation.map_or((0, [0.0; 2]), Unary::code);
+    fn of(options: &MatmulOptions<'_>) -> Epilogue {
+        let (code, [a, b]) = options.activation.map_or((0, [0.0; 2]), Unary::code);
         Epilogue {
-            has_bias: bias.into(),
-            has_residual: residual.into(),
+            has_bias: options.bias.is_some().into(),
+            has_residual: options.residual.is_some().into(),
             function: code as u32,
             a,
             b,
@@ -113,6 +117,8 @@ struct ReduceParams {
     matrix: u32,
     n: u32,
     splits: u32,
+    sums_start: u32,
+    c_start: u32,
     epilogue: Epilogue,
 }
 
@@ -153,7 +159,14 @@ pub fn matmul_with(
             "matmul: residual {residual:?} for {shape:?}"
         );
     }
-    let variant = variant.unwrap_or_else(|| choose(a, &g));
+    let variant = match variant {
+        // A forced family that cannot do the product gives way to the usual choice.
+        Some(Variant::Vector(_)) | None if !is_vector(a, b, &g, options) => {
+            choose(a, b, &g, options)
+        }
+        Some(variant) => variant,
+        None => choose(a, b, &g, options),
+    };
     let operands = Operands {
         a,
         b,
@@ -162,7 +175,9 @@ pub fn matmul_with(
         variant,
     };
     let parts = k_parts(&operands, &g);
-    if parts == 1 {
+    // The CPU kernel has no activation: 64 inlined copies of it would take seconds to compile.
+    let whole = variant != Variant::Rows || options.activation.is_none();
+    if parts == 1 && whole {
         cut(&operands, &g);
         return c;
     }
@@ -205,35 +220,44 @@ fn plain<'a>(options: &MatmulOptions<'a>) -> MatmulOptions<'a> {
     }
 }
 
-fn limit(t: &Tensor) -> u64 {
+pub(crate) fn limit(t: &Tensor) -> u64 {
     t.gpu().tier().max_binding
 }
 
 /// c = epilogue(Σ parts) for `sums` f32 [batch, parts, M, N] and `c` [batch.., M, N].
 pub(crate) fn reduce(sums: &Tensor, c: &Tensor, parts: usize, options: &MatmulOptions<'_>) {
-    let matrix = sums.dim(sums.rank() - 2) * sums.last_dim();
-    let params = ReduceParams {
-        elements: c.elements() as u32,
-        matrix: matrix as u32,
-        n: sums.last_dim() as u32,
-        splits: parts as u32,
-        epilogue: Epilogue::new(
-            options.bias.is_some(),
-            options.residual.is_some(),
-            options.activation,
-        ),
+    let (m, n) = (sums.dim(sums.rank() - 2), sums.last_dim());
+    let rows = c.elements() / n;
+    // A single part may be cut anywhere; several are only ever made for small results.
+    let per_dispatch = match parts {
+        1 => (limit(c) as usize - 512) / (4 * n),
+        _ => rows,
     };
-    dispatch(
-        &Kernel::new("matmul_reduce").flag("F16", c.dtype() == DType::F16),
-        &[
-            sums,
-            c,
-            options.bias.unwrap_or(sums),
-            options.residual.unwrap_or(sums),
-        ],
-        &params,
-        linear_groups(c.elements(), THREADS),
-    );
+    for from in (0..rows).step_by(per_dispatch.max(1)) {
+        let elements = per_dispatch.min(rows - from) * n;
+        let (part, c_start) = window(c, from * n, elements);
+        let residual = options.residual.map(|r| window(r, from * n, elements).0);
+        let (sums, sums_start) = match parts {
+            1 => window(sums, from * n, elements),
+            _ => (sums.clone(), 0),
+        };
+        let params = ReduceParams {
+            elements: elements as u32,
+            matrix: if parts == 1 { elements } else { m * n } as u32,
+            n: n as u32,
+            splits: parts as u32,
+            sums_start: sums_start as u32,
+            c_start: c_start as u32,
+            epilogue: Epilogue::of(options),
+        };
+        let bias = options.bias.unwrap_or(&sums);
+        dispatch(
+            &Kernel::new("matmul_reduce").flag("F16", c.dtype() == DType::F16),
+            &[&sums, &part, bias, residual.as_ref().unwrap_or(&sums)],
+            &params,
+            linear_groups(elements, THREADS),
+        );
+    }
 }
 
 fn geometry(a: &Tensor, b: &Tensor, options: &MatmulOptions<'_>) -> (Geometry, Vec<usize>) {
@@ -284,9 +308,26 @@ fn geometry(a: &Tensor, b: &Tensor, options: &MatmulOptions<'_>) -> (Geometry, V
     (g, shape)
 }
 
-fn choose(_a: &Tensor, g: &Geometry) -> Variant {
+fn choose(a: &Tensor, b: &Tensor, g: &Geometry, options: &MatmulOptions<'_>) -> Variant {
+    let cpu = a.gpu().tier().cpu;
+    if is_vector(a, b, g, options) {
+        return Variant::Vector(if cpu { 1 } else { 32 });
+    }
+    if cpu {
+        return Variant::Rows;
+    }
     let groups = g.m.div_ceil(128) * g.n.div_ceil(128) * g.batch;
     Variant::Tile(if groups >= 128 { 8 } else { 4 })
+}
+
+/// Whether [`Variant::Vector`] can do the product.
+fn is_vector(_a: &Tensor, _b: &Tensor, g: &Geometry, options: &MatmulOptions<'_>) -> bool {
+    g.m <= 8
+        && g.batch == 1
+        && !options.trans_a
+        && options.trans_b
+        && g.k > 0
+        && g.k.is_multiple_of(4)
 }
 
 /// Parts that k is cut into: so that an operand that can only be cut there fits a binding, and so
@@ -310,10 +351,18 @@ fn k_parts(o: &Operands<'_>, g: &Geometry) -> usize {
     if parts > 1 || over(o.a) || over(o.b) {
         return parts;
     }
-    let Variant::Tile(per) = o.variant;
-    let tile = 16 * per as usize;
-    let groups = g.m.div_ceil(tile) * g.n.div_ceil(tile) * g.batch;
-    let wanted = (256 / groups.max(1)).min(g.k / 256).min(64);
+    let wanted = match o.variant {
+        Variant::Tile(per) => {
+            let tile = 16 * per as usize;
+            let groups = g.m.div_ceil(tile) * g.n.div_ceil(tile) * g.batch;
+            (256 / groups.max(1)).min(g.k / 256).min(64)
+        }
+        Variant::Rows => {
+            let groups = g.m.div_ceil(rows::TILE[0]) * g.n.div_ceil(rows::TILE[1]) * g.batch;
+            rows::splits(groups, g.k)
+        }
+        Variant::Vector(_) => 1,
+    };
     let fits = (limit(o.a) / 4) as usize / (g.batch * g.m * g.n).max(1);
     wanted.min(fits).max(1)
 }
@@ -361,7 +410,8 @@ fn cut(o: &Operands<'_>, g: &Geometry) {
     let b_span = span(b_rows.max(1), b_cols, g.ldb, g.batch, g.b_batch);
     let c_span = span(g.m, g.n, g.ldc, g.batch * g.splits, g.c_batch);
     let a_over = bytes(o.a, a_span) > limit(o.a) - 512;
-    let b_over = bytes(o.b, b_span) > limit(o.a) - 512;
+    let b_over = bytes(o.b, b_span) > limit(o.a) - 512
+        || packs_b(o, g) && g.batch_of_b() * rows::panel_bytes(1, g.k, g.n) > rows::pack_limit(o.b);
     let c_over = bytes(o.c, c_span) > limit(o.a) - 512;
     let long = !cpu && 2 * g.batch * g.m * g.n * g.k > DISPATCH_FLOPS && g.m * g.n > 256;
     if g.batch > 1 && (a_over || b_over || c_over || long || g.batch * g.splits > 65_535) {
@@ -376,7 +426,7 @@ fn cut(o: &Operands<'_>, g: &Geometry) {
         };
         return cut(o, &rest);
     }
-    let by_n = (b_over && o.options.trans_b) || (long && g.n >= g.m);
+    let by_n = (b_over && (o.options.trans_b || packs_b(o, g))) || (long && g.n >= g.m);
     if by_n && g.n > 1 {
         let first = half(g.n);
         cut(o, &Geometry { n: first, ..*g });
@@ -425,6 +475,174 @@ fn cut(o: &Operands<'_>, g: &Geometry) {
     );
 }
 
+impl Geometry {
+    fn batch_of_b(&self) -> usize {
+        if self.b_batch == 0 { 1 } else { self.batch }
+    }
+}
+
+/// Whether the CPU kernel needs `b` in panels: it reads f32 rows along n in whole vec4s.
+fn packs_b(o: &Operands<'_>, g: &Geometry) -> bool {
+    o.variant == Variant::Rows
+        && (o.options.trans_b
+            || o.b.dtype() != DType::F32
+            || ![g.ldb, g.b_start, g.b_batch]
+                .iter()
+                .all(|v| v.is_multiple_of(4))
+            || !(o.options.trans_a || g.k.is_multiple_of(4)))
+}
+
+/// Whether it needs `a` in padded f32 rows (kept in column form when transposed).
+fn packs_a(o: &Operands<'_>, g: &Geometry) -> bool {
+    o.a.dtype() != DType::F32
+        || ![g.lda, g.a_start, g.a_batch]
+            .iter()
+            .all(|v| v.is_multiple_of(4))
+        || !(o.options.trans_a || g.k.is_multiple_of(4))
+}
+
+/// The product by `matmul_rows`, operands packed where they must be.
+fn launch_rows(o: &Operands<'_>, g: &Geometry) {
+    let (ta, tb) = (o.options.trans_a, o.options.trans_b);
+    let strided = |start, batch_stride| Strided {
+        batch: if batch_stride == 0 { 1 } else { g.batch },
+        blocks: 1,
+        rows: 0,
+        columns: 0,
+        reversed: false,
+        start,
+        batch_stride,
+        block_stride: 0,
+        row_stride: 0,
+        column_stride: 1,
+    };
+    let padded_k = if ta { g.k } else { g.k.next_multiple_of(4) };
+    let (mut a, mut a_start, mut a_batch, mut lda) = (o.a.clone(), g.a_start, g.a_batch, g.lda);
+    if packs_a(o, g) {
+        let (rows, columns) = if ta { (g.k, g.m) } else { (g.m, g.k) };
+        let source = Strided {
+            rows,
+            columns,
+            row_stride: g.lda,
+            ..strided(g.a_start, g.a_batch)
+        };
+        a = rows::padded_rows(o.a, &source);
+        (a_start, lda) = (0, columns.next_multiple_of(4));
+        a_batch = if a_batch == 0 { 0 } else { rows * lda };
+    }
+    let (mut b, mut b_start, mut b_batch) = (o.b.clone(), g.b_start, g.b_batch);
+    let (mut b_row, mut b_panel) = (g.ldb, rows::TILE[1]);
+    if packs_b(o, g) {
+        let (row_stride, column_stride) = if tb { (1, g.ldb) } else { (g.ldb, 1) };
+        let source = Strided {
+            rows: g.k,
+            columns: g.n,
+            row_stride,
+            column_stride,
+            ..strided(g.b_start, g.b_batch)
+        };
+        b = rows::panels(o.b, &source);
+        (b_start, b_row, b_panel) = (0, rows::TILE[1], g.k.next_multiple_of(4) * rows::TILE[1]);
+        b_batch = if b_batch == 0 {
+            0
+        } else {
+            b_panel * g.n.div_ceil(rows::TILE[1])
+        };
+    }
+    // Parts of k are segments; those of row form start at a vec4.
+    let segment = padded_k.div_ceil(g.splits).next_multiple_of(4).max(4);
+    let tiles = g.m.div_ceil(rows::TILE[0]);
+    let params = RowsParams {
+        m: g.m as u32,
+        n: g.n as u32,
+        k: padded_k as u32,
+        splits: g.splits as u32,
+        a_start: (a_start / 4) as u32,
+        a_batch: (a_batch / 4) as u32,
+        size_x: if ta { 1 } else { g.m as u32 },
+        size_y: g.splits as u32,
+        stride_x: (lda / 4) as u32,
+        stride_y: if ta { (segment * lda / 4) as u32 } else { 0 },
+        stride_image: 0,
+        segments: g.splits as u32,
+        segment: segment as u32,
+        segment_stride: (segment / 4) as u32,
+        run: g.m as u32,
+        run_tiles: tiles as u32,
+        run_stride: 0,
+        padded: g.m as u32,
+        channels: g.m as u32,
+        b_start: (b_start / 4) as u32,
+        b_batch: (b_batch / 4) as u32,
+        b_row: (b_row / 4) as u32,
+        b_panel: (b_panel / 4) as u32,
+        ldc: g.ldc as u32,
+        c_start: g.c_start as u32,
+        c_batch: g.c_batch as u32,
+        bias_start: g.bias_start as u32,
+        ..RowsParams::default()
+    };
+    let (bias, residual) = (o.options.bias, o.options.residual);
+    rows::product(ta, [&a, &b, o.c], bias, residual, &params, tiles, g.batch);
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct VectorParams {
+    m: u32,
+    n: u32,
+    k: u32,
+    a_start: u32,
+    b_start: u32,
+    ldc: u32,
+    c_start: u32,
+    bias_start: u32,
+    epilogue: Epilogue,
+}
+
+fn vector(rows: usize, lanes: u32, [a, b, c]: [DType; 3]) -> Kernel {
+    Kernel::new("matmul_vector")
+        .def("ROWS", rows as i32)
+        .def("LANES", lanes as i32)
+        .def("THREADS", 8 * lanes as i32)
+        .flag("F16", [a, b, c].contains(&DType::F16))
+        .flag("A_F16", a == DType::F16)
+        .flag("B_F16", b == DType::F16)
+        .flag("B_BF16", b == DType::Bf16)
+        .flag("C_F16", c == DType::F16)
+}
+
+fn launch_vector(o: &Operands<'_>, g: &Geometry, lanes: u32, work: u64) {
+    let params = VectorParams {
+        m: g.m as u32,
+        n: g.n as u32,
+        k: (g.k / 4) as u32,
+        a_start: (g.a_start / 4) as u32,
+        b_start: (g.b_start / 4) as u32,
+        ldc: g.ldc as u32,
+        c_start: g.c_start as u32,
+        bias_start: g.bias_start as u32,
+        epilogue: Epilogue::of(&o.options),
+    };
+    dispatch_work(
+        &vector(
+            g.m.next_power_of_two(),
+            lanes,
+            [o.a.dtype(), o.b.dtype(), o.c.dtype()],
+        ),
+        &[
+            o.a,
+            o.b,
+            o.c,
+            o.options.bias.unwrap_or(o.a),
+            o.options.residual.unwrap_or(o.a),
+        ],
+        &params,
+        grid(g.n.div_ceil(8)),
+        work,
+    );
+}
+
 fn params(o: &Operands<'_>, g: &Geometry, step: usize) -> Params {
     let options = &o.options;
     Params {
@@ -443,11 +661,7 @@ fn params(o: &Operands<'_>, g: &Geometry, step: usize) -> Params {
         bias_start: g.bias_start as u32,
         splits: g.splits as u32,
         k_part: g.k.div_ceil(g.splits).next_multiple_of(step) as u32,
-        epilogue: Epilogue::new(
-            options.bias.is_some(),
-            options.residual.is_some(),
-            options.activation,
-        ),
+        epilogue: Epilogue::of(options),
     }
 }
 
@@ -465,9 +679,13 @@ fn tile(per: u32, trans: [bool; 2], dtypes: [DType; 3]) -> Kernel {
 }
 
 fn launch(o: &Operands<'_>, g: &Geometry) {
-    let Variant::Tile(per) = o.variant;
-    let side = 16 * per as usize;
     let work = 2 * g.batch as u64 * (g.m * g.n) as u64 * g.k as u64;
+    let per = match o.variant {
+        Variant::Tile(per) => per,
+        Variant::Rows => return launch_rows(o, g),
+        Variant::Vector(lanes) => return launch_vector(o, g, lanes, work),
+    };
+    let side = 16 * per as usize;
     // Absent operands are bound to something of the same element type; the flags keep them unread.
     dispatch_work(
         &tile(
@@ -508,6 +726,14 @@ pub fn variants() -> Vec<Kernel> {
             }
         }
     }
+    for b in [DType::F32, DType::F16, DType::Bf16] {
+        for a in float {
+            for (rows, lanes) in [(1, 1), (8, 1), (1, 32), (8, 32)] {
+                kernels.push(vector(rows, lanes, [a, b, a]));
+            }
+        }
+    }
+    kernels.extend(rows::variants());
     kernels.push(tile(4, [true, false], [DType::F16, DType::F16, DType::F32]));
     kernels
 }

@@ -25,9 +25,11 @@ pub mod replace_rows;
 pub mod resize_bilinear;
 pub mod rms_norm;
 pub mod rotary;
+mod rows;
 pub mod slice;
 pub mod softmax;
 pub mod swiglu;
+
 pub mod unary;
 pub mod upsample_nearest2x;
 

@@ -6,7 +6,14 @@ use rand::RngExt;
 use crate::support::*;
 
 /// Every kernel family, and the one that the tier chooses.
-const VARIANTS: [Option<Variant>; 3] = [None, Some(Variant::Tile(4)), Some(Variant::Tile(8))];
+const VARIANTS: [Option<Variant>; 6] = [
+    None,
+    Some(Variant::Tile(4)),
+    Some(Variant::Tile(8)),
+    Some(Variant::Rows),
+    Some(Variant::Vector(1)),
+    Some(Variant::Vector(32)),
+];
 
 #[derive(Debug, Clone, Copy)]
 struct Case {

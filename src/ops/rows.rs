@@ -1,0 +1,211 @@
+//! The matrix product for drivers that run on the CPU, shared by matmul and conv2d: operands are
+//! brought into f32 vec4 form where they are not, then one kernel does every product.
+
+use super::{dispatch_work, matmul::limit};
+use crate::gpu::Kernel;
+use crate::tensor::{DType, Tensor};
+
+/// Rows and columns of `c` that a workgroup of `matmul_rows` computes.
+pub(crate) const TILE: [usize; 2] = [16, 32];
+
+/// Parameters of `wgsl/matmul_rows.wgsl`, where they are described.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
+pub(crate) struct RowsParams {
+    pub m: u32,
+    pub n: u32,
+    pub k: u32,
+    pub splits: u32,
+    pub a_start: u32,
+    pub a_batch: u32,
+    pub size_x: u32,
+    pub size_y: u32,
+    pub stride_x: u32,
+    pub stride_y: u32,
+    pub stride_image: u32,
+    pub segments: u32,
+    pub segment: u32,
+    pub segment_stride: u32,
+    pub run: u32,
+    pub run_tiles: u32,
+    pub run_stride: u32,
+    pub padded: u32,
+    pub channels: u32,
+    pub b_start: u32,
+    pub b_batch: u32,
+    pub b_row: u32,
+    pub b_panel: u32,
+    pub ldc: u32,
+    pub c_start: u32,
+    pub c_batch: u32,
+    pub bias_start: u32,
+    pub has_bias: u32,
+    pub has_residual: u32,
+}
+
+/// The kernel in row form, or in column form (`a` contiguous along m).
+pub(crate) fn kernel(column: bool, c: DType) -> Kernel {
+    let f16 = c == DType::F16;
+    Kernel::new("matmul_rows")
+        .flag("COLUMN", column)
+        .flag("F16", f16)
+        .flag("C_F16", f16)
+}
+
+/// Records the product of `batch` matrices with `row_tiles` tiles of 16 rows each.
+pub(crate) fn product(
+    column: bool,
+    [a, b, c]: [&Tensor; 3],
+    bias: Option<&Tensor>,
+    residual: Option<&Tensor>,
+    params: &RowsParams,
+    row_tiles: usize,
+    batch: usize,
+) {
+    let groups = [
+        row_tiles as u32,
+        (params.n as usize).div_ceil(TILE[1]) as u32,
+        batch as u32 * params.splits,
+    ];
+    let work = 2 * (row_tiles * TILE[0] * batch) as u64 * u64::from(params.n) * u64::from(params.k);
+    let params = RowsParams {
+        has_bias: bias.is_some().into(),
+        has_residual: residual.is_some().into(),
+        ..*params
+    };
+    // Absent operands are bound to something; the flags keep them unread.
+    let tensors = [a, b, c, bias.unwrap_or(a), residual.unwrap_or(a)];
+    dispatch_work(&kernel(column, c.dtype()), &tensors, &params, groups, work);
+}
+
+/// Parts to cut a sum of `k` terms into so that `groups` workgroups become enough for many cores.
+pub(crate) fn splits(groups: usize, k: usize) -> usize {
+    (32 / groups.max(1)).min(k / 256).max(1)
+}
+
+/// A strided matrix to pack: `blocks` of `rows` rows, all in elements.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Strided {
+    pub batch: usize,
+    pub blocks: usize,
+    pub rows: usize,
+    pub columns: usize,
+    pub reversed: bool,
+    pub start: usize,
+    pub batch_stride: usize,
+    pub block_stride: usize,
+    pub row_stride: usize,
+    pub column_stride: usize,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct PackParams {
+    blocks: u32,
+    rows: u32,
+    padded_rows: u32,
+    columns: u32,
+    reversed: u32,
+    start: u32,
+    batch: u32,
+    block_stride: u32,
+    row_stride: u32,
+    column_stride: u32,
+    width: u32,
+    packed_row: u32,
+    packed_panel: u32,
+    packed_batch: u32,
+}
+
+fn pack_kernel(source: DType) -> Kernel {
+    Kernel::new("matmul_pack")
+        .flag("F16", source == DType::F16)
+        .flag("S_F16", source == DType::F16)
+        .flag("S_BF16", source == DType::Bf16)
+}
+
+/// Bytes that [`panels`] takes.
+pub(crate) fn panel_bytes(blocks: usize, rows: usize, columns: usize) -> usize {
+    blocks * rows.next_multiple_of(4) * columns.next_multiple_of(TILE[1]) * 4
+}
+
+/// `s` as f32 [batch, panels, blocks · padded rows, 32], zeros past the edges.
+pub(crate) fn panels(source: &Tensor, s: &Strided) -> Tensor {
+    let padded = s.rows.next_multiple_of(4);
+    let (count, rows) = (s.columns.div_ceil(TILE[1]), s.blocks * padded);
+    let shape = [s.batch, count, rows, TILE[1]];
+    pack(
+        source,
+        s,
+        padded,
+        &shape,
+        [count * TILE[1], TILE[1], rows * TILE[1]],
+    )
+}
+
+/// `s` as f32 [batch, rows, columns padded to a multiple of 4], zeros past the edges; one block.
+pub(crate) fn padded_rows(source: &Tensor, s: &Strided) -> Tensor {
+    let width = s.columns.next_multiple_of(4);
+    pack(
+        source,
+        s,
+        s.rows,
+        &[s.batch, s.rows, width],
+        [width, width, TILE[1]],
+    )
+}
+
+fn pack(
+    source: &Tensor,
+    s: &Strided,
+    padded: usize,
+    shape: &[usize],
+    [width, packed_row, packed_panel]: [usize; 3],
+) -> Tensor {
+    let packed = Tensor::empty(source.gpu(), DType::F32, shape);
+    let params = PackParams {
+        blocks: s.blocks as u32,
+        rows: s.rows as u32,
+        padded_rows: padded as u32,
+        columns: s.columns as u32,
+        reversed: s.reversed.into(),
+        start: s.start as u32,
+        batch: s.batch_stride as u32,
+        block_stride: s.block_stride as u32,
+        row_stride: s.row_stride as u32,
+        column_stride: s.column_stride as u32,
+        width: width as u32,
+        packed_row: packed_row as u32,
+        packed_panel: packed_panel as u32,
+        packed_batch: shape[1..].iter().product::<usize>() as u32,
+    };
+    let groups = [
+        padded.div_ceil(32) as u32,
+        s.columns.div_ceil(TILE[1]) as u32,
+        (s.batch * s.blocks) as u32,
+    ];
+    let work = 8 * packed.elements() as u64;
+    dispatch_work(
+        &pack_kernel(source.dtype()),
+        &[source, &packed],
+        &params,
+        groups,
+        work,
+    );
+    packed
+}
+
+/// Bytes that a packed operand may take before the product is cut: bounded memory, and a binding.
+pub(crate) fn pack_limit(t: &Tensor) -> usize {
+    (limit(t) as usize / 2).min(64 << 20)
+}
+
+/// All kernels of this file.
+pub(crate) fn variants() -> Vec<Kernel> {
+    let mut kernels = Vec::new();
+    for dtype in [DType::F32, DType::F16] {
+        kernels.extend([kernel(false, dtype), kernel(true, dtype)]);
+    }
+    kernels.extend([DType::F32, DType::F16, DType::Bf16].map(pack_kernel));
+    kernels
+}

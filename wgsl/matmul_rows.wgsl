@@ -1,0 +1,163 @@
+// c = a·b + bias + residual for software drivers that run on the CPU, where shared memory, barriers
+// and lane-varying loads are slow: 16 rows × 4 columns of sums a thread, 8 threads side by side, a's
+// addresses the same for all of them. Every step adds four terms to every sum: the driver blends sums
+// with its execution mask once per iteration, so longer iterations are cheaper.
+//
+// a is described by strides so that convolution is the same product over a padded image: k runs over
+// segments. Row form (a's rows are contiguous along k): row → (image, y, x) gives the row's address,
+// a segment adds `segment_stride`. COLUMN form (contiguous along m): a segment is (image, y), k within
+// it steps by `stride_x`, and m is cut into runs of contiguous rows.
+#ifdef C_F16
+alias CElem = f16;
+#else
+alias CElem = f32;
+#endif
+
+struct Params {
+    m: u32,
+    n: u32,
+    k: u32,
+    splits: u32,
+    // a, in vec4s.
+    a_start: u32,
+    a_batch: u32,
+    size_x: u32,
+    size_y: u32,
+    stride_x: u32,
+    stride_y: u32,
+    stride_image: u32,
+    segments: u32,
+    segment: u32,
+    segment_stride: u32,
+    // COLUMN: rows of a run, tiles they take, and of each `padded` rows the `channels` that exist.
+    run: u32,
+    run_tiles: u32,
+    run_stride: u32,
+    padded: u32,
+    channels: u32,
+    // b, in vec4s: panels of 32 columns.
+    b_start: u32,
+    b_batch: u32,
+    b_row: u32,
+    b_panel: u32,
+    ldc: u32,
+    c_start: u32,
+    c_batch: u32,
+    bias_start: u32,
+    has_bias: u32,
+    has_residual: u32,
+}
+
+@group(0) @binding(0) var<storage, read> a: array<vec4<f32>>;
+@group(0) @binding(1) var<storage, read> b: array<vec4<f32>>;
+@group(0) @binding(2) var<storage, read_write> c: array<CElem>;
+@group(0) @binding(3) var<storage, read> bias: array<f32>;
+@group(0) @binding(4) var<storage, read> residual: array<CElem>;
+var<immediate> p: Params;
+
+const ROWS = 16u;
+
+@compute @workgroup_size(8)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+    let batch = group.z / p.splits;
+    let part = group.z % p.splits;
+    let per_part = (p.segments + p.splits - 1u) / p.splits;
+    let last = min(p.segments, (part + 1u) * per_part);
+    let a0 = p.a_start + batch * p.a_batch;
+    let b0 = p.b_start + batch * p.b_batch + group.y * p.b_panel + lane;
+    var sum: array<vec4<f32>, ROWS>;
+#ifdef COLUMN
+    let run = group.x / p.run_tiles;
+    let first_row = (group.x % p.run_tiles) * ROWS;
+    let column = a0 + run * p.run_stride + first_row / 4u;
+    for (var s = part * per_part; s < last; s++) {
+        let length = min(p.segment, p.k - s * p.segment);
+        var a_at = column + (s / p.size_y) * p.stride_image + (s % p.size_y) * p.stride_y;
+        var b_at = b0 + s * p.segment * p.b_row;
+        var k = 0u;
+        for (; k + 4u <= length; k += 4u) {
+            for (var u = 0u; u < 4u; u++) {
+                let bv = b[b_at + u * p.b_row];
+                for (var q = 0u; q < 4u; q++) {
+                    let av = a[a_at + u * p.stride_x + q];
+                    sum[4u * q] = fma(vec4<f32>(av.x), bv, sum[4u * q]);
+                    sum[4u * q + 1u] = fma(vec4<f32>(av.y), bv, sum[4u * q + 1u]);
+                    sum[4u * q + 2u] = fma(vec4<f32>(av.z), bv, sum[4u * q + 2u]);
+                    sum[4u * q + 3u] = fma(vec4<f32>(av.w), bv, sum[4u * q + 3u]);
+                }
+            }
+            a_at += 4u * p.stride_x;
+            b_at += 4u * p.b_row;
+        }
+        for (; k < length; k++) {
+            let bv = b[b_at];
+            for (var q = 0u; q < 4u; q++) {
+                let av = a[a_at + q];
+                sum[4u * q] = fma(vec4<f32>(av.x), bv, sum[4u * q]);
+                sum[4u * q + 1u] = fma(vec4<f32>(av.y), bv, sum[4u * q + 1u]);
+                sum[4u * q + 2u] = fma(vec4<f32>(av.z), bv, sum[4u * q + 2u]);
+                sum[4u * q + 3u] = fma(vec4<f32>(av.w), bv, sum[4u * q + 3u]);
+            }
+            a_at += p.stride_x;
+            b_at += p.b_row;
+        }
+    }
+#else
+    var rows: array<u32, ROWS>;
+    for (var r = 0u; r < ROWS; r++) {
+        // Rows past the end repeat the last one; they are not stored.
+        let row = min(group.x * ROWS + r, p.m - 1u);
+        let line = row / p.size_x;
+        rows[r] = a0 + (row % p.size_x) * p.stride_x + (line % p.size_y) * p.stride_y
+            + (line / p.size_y) * p.stride_image;
+    }
+    for (var s = part * per_part; s < last; s++) {
+        let length = min(p.segment, p.k - s * p.segment) / 4u;
+        var a_at = s * p.segment_stride;
+        var b_at = b0 + s * p.segment * p.b_row;
+        for (var k = 0u; k < length; k++) {
+            let bx = b[b_at];
+            let by = b[b_at + p.b_row];
+            let bz = b[b_at + 2u * p.b_row];
+            let bw = b[b_at + 3u * p.b_row];
+            for (var r = 0u; r < ROWS; r++) {
+                let av = a[rows[r] + a_at];
+                sum[r] = fma(vec4<f32>(av.x), bx, sum[r]);
+                sum[r] = fma(vec4<f32>(av.y), by, sum[r]);
+                sum[r] = fma(vec4<f32>(av.z), bz, sum[r]);
+                sum[r] = fma(vec4<f32>(av.w), bw, sum[r]);
+            }
+            a_at += 1u;
+            b_at += 4u * p.b_row;
+        }
+    }
+#endif
+    let c0 = p.c_start + group.z * p.c_batch;
+    let col = group.y * 32u + lane * 4u;
+    for (var r = 0u; r < ROWS; r++) {
+#ifdef COLUMN
+        let within = first_row + r;
+        let channel = within % p.padded;
+        let row = (run * (p.run / p.padded) + within / p.padded) * p.channels + channel;
+        let exists = within < p.run && channel < p.channels;
+#else
+        let row = group.x * ROWS + r;
+        let exists = row < p.m;
+#endif
+        if exists {
+            for (var j = 0u; j < 4u; j++) {
+                if col + j < p.n {
+                    let at = c0 + row * p.ldc + col + j;
+                    var v = sum[r][j];
+                    if p.has_bias != 0u {
+                        v += bias[p.bias_start + col + j];
+                    }
+                    if p.has_residual != 0u {
+                        v += f32(residual[at]);
+                    }
+                    c[at] = CElem(v);
+                }
+            }
+        }
+    }
+}
