@@ -29,7 +29,6 @@ mod rows;
 pub mod slice;
 pub mod softmax;
 pub mod swiglu;
-
 pub mod unary;
 pub mod upsample_nearest2x;
 
