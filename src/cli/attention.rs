@@ -1,13 +1,18 @@
 //! `attention`: the word maps of one image and text, from a diffusion model or a vision-language model.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use image::RgbImage;
 
 use super::Context;
 use super::targets::Mode;
+use crate::align::picture::{file_stem, overlay, save_png};
 use crate::align::targets::{Item, TargetMaker, WordMaps};
 use crate::align::words::Case;
 use crate::data::ImageRef;
+use crate::diffusion::maps::MAP_SIDE;
+use crate::diffusion::pipeline::centre_square;
 use crate::diffusion::{MapLayers, StableDiffusion, TeacherOptions};
 use crate::ops::permute::permute;
 use crate::tensor::{HostTensor, Tensor, save_safetensors};
@@ -99,6 +104,9 @@ fn from_diffusion(args: &Args, context: &Context) -> Result<()> {
     metadata.insert("mode".into(), trajectory.mode().into());
     metadata.insert("steps".into(), trajectory.steps().to_string());
     save_safetensors(&args.out, &tensors, Some(metadata))?;
+    if let Some(dir) = &args.png {
+        write_pictures(dir, &centre_square(&image), &made.maps[0])?;
+    }
     context.print(format_args!(
         "{} word maps: {}",
         made.maps[0].words.len(),
@@ -106,9 +114,18 @@ fn from_diffusion(args: &Args, context: &Context) -> Result<()> {
     ))
 }
 
+/// One picture a word, `<word>.png`: its map over the part of the image that the model saw.
+fn write_pictures(dir: &Path, seen: &RgbImage, maps: &WordMaps) -> Result<()> {
+    for (word, map) in maps.words.iter().zip(maps.maps.chunks(MAP_SIDE * MAP_SIDE)) {
+        let file = dir.join(format!("{}.png", file_stem(&word.text)));
+        save_png(file, &overlay(seen, map))?;
+    }
+    Ok(())
+}
+
 /// `maps` and `raw`, f32 `[words, 32, 32]`.
 fn word_tensors(maps: &WordMaps) -> Vec<(String, HostTensor)> {
-    let shape = [maps.words.len(), 32, 32];
+    let shape = [maps.words.len(), MAP_SIDE, MAP_SIDE];
     vec![
         ("maps".into(), HostTensor::f32(&shape, &maps.maps)),
         ("raw".into(), HostTensor::f32(&shape, &maps.raw)),

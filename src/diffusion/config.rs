@@ -113,7 +113,7 @@ impl ConfigFile {
 
     /// Refuses zero and a count that does not divide `whole`.
     pub fn divides(&self, field: &str, count: usize, whole: usize) -> Result<()> {
-        if count == 0 || whole % count != 0 {
+        if count == 0 || !whole.is_multiple_of(count) {
             return Err(self.error(field, format!("{count} does not divide {whole}")));
         }
         Ok(())

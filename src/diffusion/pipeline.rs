@@ -243,12 +243,13 @@ impl StableDiffusion {
     /// An image as the VAE takes it, f32 in −1…1 `[1, side, side, 3]`: cropped to the square in its middle, resized
     /// with a Lanczos filter as `diffusers`' image processor does.
     pub fn prepare_image(&self, image: &RgbImage) -> Tensor {
-        let (width, height) = image.dimensions();
-        let square = width.min(height);
-        let (left, top) = ((width - square) / 2, (height - square) / 2);
-        let cropped = image::imageops::crop_imm(image, left, top, square, square).to_image();
         let side = self.image_side();
-        let resized = resize(&cropped, side as u32, side as u32, Filter::Lanczos);
+        let resized = resize(
+            &centre_square(image),
+            side as u32,
+            side as u32,
+            Filter::Lanczos,
+        );
         let values: Vec<f32> = resized
             .iter()
             .map(|&v| f32::from(v) / 127.5 - 1.0)
@@ -379,6 +380,13 @@ impl StableDiffusion {
     fn activation(&self, x: &Tensor) -> Var {
         Var::constant(cast(x, self.activations))
     }
+}
+
+/// The largest square in the middle of an image.
+pub fn centre_square(image: &RgbImage) -> RgbImage {
+    let (width, height) = image.dimensions();
+    let side = width.min(height);
+    image::imageops::crop_imm(image, (width - side) / 2, (height - side) / 2, side, side).to_image()
 }
 
 /// `x` `[samples, …]` with sample `owner[i]` at place i.

@@ -134,7 +134,7 @@ impl UnetConfig {
             block_out_channels,
         };
         let halvings = 1 << (levels - 1);
-        if config.sample_size == 0 || config.sample_size % halvings != 0 {
+        if config.sample_size == 0 || !config.sample_size.is_multiple_of(halvings) {
             return Err(file.error(
                 "sample_size",
                 format!(
@@ -147,7 +147,7 @@ impl UnetConfig {
             file.divides("norm_num_groups", config.norm_num_groups, channels)?;
             file.divides("attention_head_dim", heads, channels)?;
         }
-        if config.block_out_channels[0] % 2 != 0 {
+        if !config.block_out_channels[0].is_multiple_of(2) {
             return Err(file.error("block_out_channels", "the first must be even"));
         }
         if config.layers_per_block.contains(&0) {

@@ -76,6 +76,7 @@ fn attention_writes_what_diffusers_computes() {
         let texts: Vec<String> = serde_json::from_str(&metadata["texts"]).unwrap();
         for (caption, which) in texts.iter().zip(["short", "long"]) {
             let out = dir.path().join("maps.safetensors");
+            let png = dir.path().join("pictures");
             let (model, image) = (reference(name), reference("image.png"));
             let output = run(&[
                 "attention",
@@ -91,9 +92,14 @@ fn attention_writes_what_diffusers_computes() {
                 "4",
                 "--out",
                 text(&out),
+                "--png",
+                text(&png),
                 "--quiet",
             ]);
             assert!(output.status.success(), "{}", stderr(&output));
+            let picture = image::open(png.join("circle.png")).unwrap();
+            // The square in the middle of the 75 × 61 image.
+            assert_eq!((picture.width(), picture.height()), (61, 61));
             let bytes = fs::read(&out).unwrap();
             let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
             let found = header.metadata().clone().unwrap();
@@ -178,9 +184,9 @@ fn targets_are_written_once_and_gone_on_with() {
     let targets = store.get("sample-1").unwrap().unwrap();
     let words: Vec<&str> = targets.words.iter().map(|w| w.text.as_str()).collect();
     assert_eq!(words, ["a", "blue", "square", "above", "circle"]);
-    for i in 0..words.len() {
+    for (i, word) in words.iter().enumerate() {
         let high = targets.map(i).iter().copied().fold(0.0f32, f32::max);
-        assert!((0.9..=1.0).contains(&high), "{}: {high}", words[i]);
+        assert!((0.9..=1.0).contains(&high), "{word}: {high}");
     }
     let error = refused(&start("ddim", "0/1"));
     assert!(
