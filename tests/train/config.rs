@@ -1,6 +1,6 @@
 //! Configuration files and `--set`.
 
-use lavender_wgpu::align::options::{Aggregate, LambdaSchedule, Layers};
+use lavender_wgpu::align::options::{LambdaSchedule, Layers};
 use lavender_wgpu::train::config::{Config, KEYS, Precision};
 
 fn parse(text: &str, sets: &[&str]) -> Result<Config, String> {
@@ -40,13 +40,13 @@ fn every_key_is_known_and_survives_writing() {
         source = "labels"
         case = "keep"
         [attention]
-        aggregate = "max-max"
+        aggregate = "learned"
         layers = [3, 5]
         [aligner]
-        kind = "light"
+        kind = "conv"
         hidden = 7
-        norm = "none"
-        activation = "leaky-relu"
+        norm = "instance"
+        activation = "relu6"
         [loss]
         lambda = 2.5
         schedule = "exponential"
@@ -78,7 +78,6 @@ fn every_key_is_known_and_survives_writing() {
     "#;
     let config = parse(text, &[]).unwrap();
     assert_eq!(config.attention.layers, Layers::List(vec![3, 5]));
-    assert_eq!(config.attention.aggregate, Aggregate::MaxMax);
     assert_eq!(config.train.precision, Precision::F16);
     let written = config.to_toml().unwrap();
     assert_eq!(parse(&written, &[]).unwrap(), config);
@@ -201,7 +200,10 @@ fn bad_sets_are_refused_by_the_argument() {
         ("train=3", &["unknown key `train`"]),
         ("train.batch=many", &["many"]),
         ("lora.dropout=1.5", &["`lora.dropout`", "1.5", "below 1"]),
-        ("aligner.kind=none", &["`aligner.kind`", "mean-mean"]),
+        (
+            "attention.aggregate=mean-mean",
+            &["`attention.aggregate`", "learned"],
+        ),
     ];
     for (set, wanted) in cases {
         let error = parse("", &[set]).expect_err(set);
