@@ -9,6 +9,9 @@
 
 mod draw;
 mod language;
+mod samples;
+
+pub use samples::DESCRIBE;
 
 use image::RgbImage;
 use rand::SeedableRng;
@@ -124,7 +127,7 @@ pub struct Object {
     pub colour: Colour,
     /// Its centre: x to the right, y down.
     pub centre: [f32; 2],
-    /// Half its extent: 8 to 15.
+    /// Half its extent: 9 to 16.
     pub radius: f32,
 }
 
@@ -234,6 +237,13 @@ impl Scene {
         (caption, self.masks_of(&words))
     }
 
+    /// The same picture talked about again: caption and questions number `variant`.
+    pub fn described_again(&self, seed: u64, variant: u64) -> (String, Vec<(String, String)>) {
+        let mut dice = Dice::new(seed ^ 0x9e37_79b9_7f4a_7c15, Split::Train, variant);
+        let (caption, _) = language::caption(&mut dice, &self.objects);
+        (caption, language::questions(&mut dice, &self.objects))
+    }
+
     /// The caption's shape and colour words, in its order, each with the visible region of its object.
     pub fn word_masks(&self) -> Vec<(String, Mask)> {
         self.masks_of(&self.words)
@@ -284,7 +294,7 @@ impl SceneSet {
 pub(crate) struct Dice(ChaCha8Rng);
 
 impl Dice {
-    fn new(seed: u64, split: Split, index: u64) -> Self {
+    pub(crate) fn new(seed: u64, split: Split, index: u64) -> Self {
         let mut rng =
             ChaCha8Rng::seed_from_u64(seed.wrapping_mul(2) + u64::from(split == Split::HeldOut));
         rng.set_stream(index);
@@ -301,13 +311,19 @@ impl Dice {
         low + (high - low) * self.unit()
     }
 
+    /// Standard normal (Box–Muller).
+    pub(crate) fn normal(&mut self) -> f32 {
+        let radius = (-2.0 * (1.0 - self.unit()).ln()).sqrt();
+        radius * (std::f32::consts::TAU * self.unit()).cos()
+    }
+
     /// In 0..n.
-    fn below(&mut self, n: usize) -> usize {
+    pub(crate) fn below(&mut self, n: usize) -> usize {
         ((u64::from(self.0.next_u32()) * n as u64) >> 32) as usize
     }
 
     /// `items` in a random order.
-    fn shuffled<T: Copy>(&mut self, items: &[T]) -> Vec<T> {
+    pub(crate) fn shuffled<T: Copy>(&mut self, items: &[T]) -> Vec<T> {
         let mut items = items.to_vec();
         for i in (1..items.len()).rev() {
             items.swap(i, self.below(i + 1));

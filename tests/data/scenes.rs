@@ -2,7 +2,9 @@
 
 use std::collections::HashSet;
 
-use lavender_wgpu::data::scenes::{Colour, HELD_OUT, SIDE, Scene, SceneSet, Shape, Split};
+use lavender_wgpu::data::scenes::{
+    Colour, DESCRIBE, HELD_OUT, SIDE, Scene, SceneSet, Shape, Split,
+};
 
 /// A pixel's distance from gray: shapes but the white ones are colourful, grounds are not.
 fn colourfulness(scene: &Scene, x: usize, y: usize) -> i32 {
@@ -41,7 +43,7 @@ fn the_generator_has_not_moved() {
         .sum();
     assert_eq!(
         (sum, scene.caption.as_str()),
-        (168_646_355, "something yellow next to a purple shape")
+        (170_840_240, "something yellow next to a purple shape")
     );
 }
 
@@ -198,5 +200,22 @@ fn pointing_hits_only_inside() {
         let mut map = vec![0.25; side * side];
         map[i] = 0.75;
         assert_eq!(mask.is_hit_by(&map), is_inside);
+    }
+}
+
+#[test]
+fn a_data_set_asks_for_captions_and_for_names() {
+    let set = SceneSet::new(9, Split::Train, 8);
+    let data = set.data_set().unwrap();
+    assert_eq!(data.samples.len(), 16);
+    for (number, scene) in set.iter().enumerate() {
+        let [caption, question] = &data.samples[2 * number..2 * number + 2] else {
+            panic!()
+        };
+        assert_eq!(caption.turns[0].text(), DESCRIBE);
+        assert_eq!(caption.answer(), scene.caption);
+        let asked = (question.turns[0].text(), question.answer());
+        assert!(scene.questions.contains(&asked));
+        assert_eq!(caption.image.open().unwrap(), scene.image);
     }
 }

@@ -31,7 +31,7 @@ pub(super) fn objects(dice: &mut Dice, split: Split) -> Vec<Object> {
         let mut placed: Vec<Object> = Vec::new();
         for &(shape, colour) in &kinds {
             let place = (0..TRIES).find_map(|_| {
-                let radius = dice.uniform(8.0, 15.0);
+                let radius = dice.uniform(9.0, 16.0);
                 let low = radius + 1.0;
                 let high = SIDE as f32 - radius - 1.0;
                 let centre = [dice.uniform(low, high), dice.uniform(low, high)];
