@@ -9,6 +9,7 @@ pub mod cli;
 pub mod data;
 pub mod diffusion;
 pub mod error;
+pub mod eval;
 pub mod files;
 pub mod gpu;
 pub mod nn;

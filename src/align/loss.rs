@@ -1,37 +1,48 @@
 //! Aggregation over layers and heads, and the attention loss.
 
-use serde::{Deserialize, Serialize};
-
 use super::aligner::Aligner;
 use super::maps::min_max;
+use super::options::Aggregate;
 use crate::autograd::Var;
 
-/// How hooked layers and heads become one map per word.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Aggregate {
-    /// Heads are the aligner's channels; the aligner runs on each layer, then the mean over layers.
-    #[default]
-    Learned,
-    /// Mean over heads and layers, no learned part (for looking).
-    MeanMean,
+/// Channels that an aggregation leaves for the aligner, of a model with `heads` heads.
+pub fn channels(aggregate: Aggregate, heads: usize) -> usize {
+    match aggregate {
+        Aggregate::Learned | Aggregate::MeanLayer | Aggregate::MaxLayer => heads,
+        Aggregate::MaxMax | Aggregate::MeanMean => 1,
+    }
 }
 
-/// Aligned maps [words, R·R] in [0, 1] from word maps [words, R, R, heads] of each hooked layer,
-/// by the `learned` rule.
+/// One map per word [words, R, R, 1] from word maps [words, R, R, heads] of each hooked layer, not
+/// normalised.
 ///
 /// Panics without a layer.
-pub fn aligned(layers: &[Var], aligner: &Aligner) -> Var {
-    let [words, height, width, _] = *layers[0].shape() else {
+pub fn aggregated(layers: &[Var], aggregate: Aggregate, aligner: &Aligner) -> Var {
+    let [words, height, width, heads] = *layers[0].shape() else {
         panic!("word maps have four dimensions: {:?}", layers[0])
     };
-    // All layers go through the aligner in one batch: its norm is per sample.
-    let maps = aligner.forward(&Var::concat(layers, 0));
-    let mean = maps
-        .reshape(&[layers.len(), words * height * width])
-        .mean(&[0], false)
-        .reshape(&[words, height, width, 1]);
-    min_max(&mean)
+    let stacked = || Var::concat(layers, 0).reshape(&[layers.len(), words, height * width, heads]);
+    let maps = |v: Var, channels: usize| v.reshape(&[words, height, width, channels]);
+    match aggregate {
+        Aggregate::Learned => {
+            // All layers go through the aligner in one batch: its norm is per map.
+            let each = aligner.forward(&Var::concat(layers, 0));
+            let each = each.reshape(&[layers.len(), words, height, width, 1]);
+            each.mean(&[0], false)
+        }
+        Aggregate::MeanLayer => aligner.forward(&maps(stacked().mean(&[0], false), heads)),
+        Aggregate::MaxLayer => aligner.forward(&maps(stacked().max(&[0], false), heads)),
+        Aggregate::MaxMax => {
+            let over_heads = stacked().max(&[3], true);
+            aligner.forward(&maps(over_heads.max(&[0], false), 1))
+        }
+        Aggregate::MeanMean => aligner.forward(&mean_mean(layers)),
+    }
+}
+
+/// [`aggregated`] maps with each word's minimum and maximum moved to 0 and 1: [words, R·R].
+pub fn aligned(layers: &[Var], aggregate: Aggregate, aligner: &Aligner) -> Var {
+    min_max(&aggregated(layers, aggregate, aligner))
 }
 
 /// Mean over heads and layers of word maps [words, R, R, heads]: [words, R, R, 1], not normalised.
@@ -42,8 +53,8 @@ pub fn mean_mean(layers: &[Var]) -> Var {
         panic!("word maps have four dimensions: {:?}", layers[0])
     };
     Var::concat(layers, 0)
-        .reshape(&[layers.len(), words * height * width, heads])
-        .mean(&[0, 2], false)
+        .reshape(&[layers.len(), words, height * width, heads])
+        .mean(&[0, 3], false)
         .reshape(&[words, height, width, 1])
 }
 

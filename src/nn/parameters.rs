@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use crate::autograd::Var;
 use crate::error::Result;
-use crate::tensor::{DType, HostTensor, Tensor, save_safetensors};
+use crate::tensor::{Checkpoint, DType, HostTensor, Tensor, save_safetensors};
 
 /// How a tensor lies in memory against how the checkpoint stores it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +37,28 @@ pub struct Parameter {
     pub layout: Layout,
     /// Base weight or LoRA factor.
     pub kind: Kind,
+}
+
+impl Parameter {
+    /// Overwrites the weight with the tensor of its name in `checkpoint`, stored as the layout says.
+    ///
+    /// # Errors
+    /// A missing tensor or another shape.
+    pub fn restore(&self, checkpoint: &Checkpoint) -> Result<()> {
+        let value = self.var.value();
+        let held = match self.layout {
+            Layout::Plain => checkpoint.values_of(&self.name, value.shape())?,
+            Layout::Convolution => {
+                let [kh, kw, ci, co] = *value.shape() else {
+                    panic!("a convolution weight has four dimensions: {value:?}")
+                };
+                let shape = [co, ci, kh, kw];
+                from_checkpoint(&checkpoint.values_of(&self.name, &shape)?, shape)
+            }
+        };
+        value.write_f32(&held);
+        Ok(())
+    }
 }
 
 /// The trainable tensors of a model, in the order they were made; clones share the list.

@@ -1,7 +1,10 @@
 //! Training: configuration, run directory, checkpoints, metrics, the recipe.
 
+pub mod batch;
 pub mod checkpoint;
 pub mod config;
 pub mod events;
 pub mod metrics;
+pub mod optimizer;
+pub mod recipe;
 pub mod rundir;

@@ -1,0 +1,466 @@
+//! The training recipe: one flat loop.
+//!
+//! Next-token loss plus λ × the mean squared error between the student's aligned word maps and the
+//! teacher's, LoRA factors and aligner under one AdamW. Data order, dropout masks and initial
+//! weights depend on the seed and the step alone, so a resumed run repeats an unbroken one bit by
+//! bit. Figures are read back a step late and never stall the stream; an update whose gradients are
+//! not finite is skipped on the device, so the weights that the message speaks of are good ones.
+
+use std::path::Path;
+use std::time::Instant;
+
+use super::batch::{Batch, Example};
+use super::checkpoint::{self, Checkpoint};
+use super::events::EventWriter;
+use super::config::Config;
+use super::metrics::{MetricsLog, StepMetrics};
+use super::optimizer::Optimizer;
+use super::rundir::RunDir;
+use crate::align::aligner::{Aligner, AlignerShape};
+use crate::align::loss::{aligned, attention_loss, channels};
+use crate::align::options::LambdaSchedule;
+use crate::align::maps::{SampleWords, word_maps};
+use crate::align::store::TargetStore;
+use crate::autograd::{Gradients, Var, find_non_finite, no_grad};
+use crate::data::DataSet;
+use crate::error::{Error, Result};
+use crate::gpu::Gpu;
+use crate::nn::{LoadOptions, LoraConfig, Parameter, load_lora, lora_config, save_lora, set_dropout_seed};
+use crate::ops::adamw::AdamW;
+use crate::tensor::{DType, PendingRead};
+use crate::vlm::{Grid, Student, Taps};
+
+/// Passes over the data where neither `train.steps` nor `train.epochs` is given.
+const DEFAULT_EPOCHS: u64 = 3;
+
+/// Factor of the language loss while the aligner warms up.
+const WARMUP_FACTOR: f32 = 1e-7;
+
+/// What the loop reports and asks while it runs.
+pub trait Observer {
+    /// A step's figures are known; `total` steps in all.
+    fn step(&mut self, metrics: &StepMetrics, total: u64);
+    /// Whether to stop after the current step and save.
+    fn interrupted(&self) -> bool;
+}
+
+/// The trained parts with what they were trained on.
+pub struct Training {
+    /// Student with its LoRA factors.
+    pub student: Student,
+    /// Aligner network.
+    pub aligner: Aligner,
+    data: DataSet,
+    store: Option<TargetStore>,
+    config: Config,
+    lora: LoraConfig,
+    /// Hooked layers that are aligned.
+    layers: Vec<usize>,
+    optimizer: Optimizer,
+    /// Updates done.
+    step: u64,
+}
+
+/// Where a run's figures go.
+struct Log {
+    metrics: MetricsLog,
+    events: EventWriter,
+    total: u64,
+}
+
+/// The figures of one step, still on the device.
+struct Pending {
+    metrics: StepMetrics,
+    lm_loss: PendingRead,
+    attn_loss: Option<PendingRead>,
+    grad_norm: Option<PendingRead>,
+    order: Vec<usize>,
+}
+
+/// Losses of one batch, on the tape.
+struct Losses {
+    lm: Var,
+    attention: Option<Var>,
+    total: Var,
+}
+
+impl Training {
+    /// Loads student, aligner, data and targets as `config` says.
+    ///
+    /// # Errors
+    /// Anything wrong with the configuration or the files that it names.
+    pub fn new(gpu: &Gpu, config: &Config) -> Result<Training> {
+        let lora = match &config.init.lora {
+            Some(dir) => LoraConfig {
+                dropout: config.lora.dropout as f32,
+                ..lora_config(dir)?
+            },
+            None => LoraConfig {
+                r: config.lora.r,
+                alpha: config.lora.alpha as f32,
+                dropout: config.lora.dropout as f32,
+                target_modules: config.lora.target_modules.clone(),
+            },
+        };
+        let options = LoadOptions {
+            lora: Some(lora.clone()),
+            activations: config.train.precision.dtype(gpu.tier())?,
+            seed: config.train.seed,
+            ..LoadOptions::default()
+        };
+        let student = Student::open(&config.model.path, gpu, options)?;
+        if let Some(dir) = &config.init.lora {
+            load_lora(dir, &student.parameters(), |name| student.rename_lora(name))?;
+        }
+        let shape = AlignerShape {
+            kind: config.aligner.kind,
+            channels: channels(config.attention.aggregate, student.heads()),
+            hidden: config.aligner.hidden,
+            norm: config.aligner.norm,
+            activation: config.aligner.activation,
+        };
+        let aligner = match &config.init.aligner {
+            Some(file) => Aligner::open(gpu, file, shape)?,
+            None => Aligner::new(gpu, shape, config.train.seed ^ 0xa119)?,
+        };
+        let available: Vec<usize> = (0..student.hooked_layers()).collect();
+        let layers = config.attention.layers.choose(&available).map_err(Error::Config)?;
+        let data = DataSet::load(&config.data.path, config.data.images.as_deref())?;
+        let store = match &config.data.targets {
+            Some(path) => Some(TargetStore::open(path)?),
+            None => None,
+        };
+        let mut trained: Vec<Parameter> = student.parameters().all();
+        if trained.is_empty() {
+            return Err(Error::Config(format!(
+                "lora.target_modules = {:?} matches no linear layer of {}; nothing would be trained",
+                lora.target_modules,
+                config.model.path.display()
+            )));
+        }
+        trained.extend(aligner.parameters().all());
+        let o = &config.optimizer;
+        let settings = AdamW {
+            lr: o.lr as f32,
+            betas: (o.betas[0] as f32, o.betas[1] as f32),
+            eps: o.eps as f32,
+            weight_decay: o.weight_decay as f32,
+            decoupled: true,
+            step: 0,
+        };
+        Ok(Training {
+            optimizer: Optimizer::new(trained, settings, o.grad_clip as f32),
+            student,
+            aligner,
+            data,
+            store,
+            config: config.clone(),
+            lora,
+            layers,
+            step: 0,
+        })
+    }
+
+    /// Continues from a whole checkpoint.
+    ///
+    /// # Errors
+    /// A checkpoint that does not fit this model.
+    pub fn restore(&mut self, from: &Checkpoint) -> Result<()> {
+        let dir = &from.dir;
+        load_lora(&dir.join("lora"), &self.student.parameters(), |name| {
+            self.student.rename_lora(name)
+        })?;
+        let file = dir.join("aligner.safetensors");
+        let saved = crate::tensor::Checkpoint::open(&file, "aligner")?;
+        for p in self.aligner.parameters().all() {
+            p.restore(&saved)?;
+        }
+        self.optimizer
+            .restore(&dir.join("optimizer.safetensors"), from.step)?;
+        self.step = from.step;
+        Ok(())
+    }
+
+    /// Number of batches in an epoch.
+    pub fn steps_per_epoch(&self) -> u64 {
+        self.data.samples.len().div_ceil(self.config.train.batch) as u64
+    }
+
+    /// Steps of the whole run.
+    pub fn total_steps(&self) -> u64 {
+        let config = &self.config.train;
+        let epochs = config.epochs.unwrap_or(DEFAULT_EPOCHS);
+        config.steps.unwrap_or(epochs * self.steps_per_epoch())
+    }
+
+    /// Runs to the end, or to an interrupt; checkpoints, metrics and the final weights go to `run`.
+    ///
+    /// # Errors
+    /// Bad samples, GPU faults, a loss that is not finite, files that cannot be written. Whole
+    /// checkpoints stay usable.
+    pub fn run(&mut self, gpu: &Gpu, run: &RunDir, observer: &mut dyn Observer) -> Result<()> {
+        let total = self.total_steps();
+        let mut log = Log {
+            metrics: MetricsLog::open(run.metrics(), self.step)?,
+            events: EventWriter::create(run.root(), self.step)?,
+            total,
+        };
+        let mut pending: Option<Pending> = None;
+        let every = self.config.train.checkpoint_every;
+        while self.step < total {
+            let started = Instant::now();
+            let next = self.step(gpu)?;
+            if let Some(done) = pending.replace(next) {
+                self.report(gpu, done, &mut log, observer)?;
+            }
+            // The step's own time: what is queued behind the late read-back of the one before.
+            if let Some(p) = &mut pending {
+                p.metrics.step_ms = started.elapsed().as_secs_f64() * 1e3;
+            }
+            let stop = observer.interrupted();
+            if stop || (every > 0 && self.step % every == 0) || self.step == total {
+                if let Some(done) = pending.take() {
+                    self.report(gpu, done, &mut log, observer)?;
+                }
+                self.save(run)?;
+            }
+            if stop && self.step < total {
+                return Err(Error::Interrupted);
+            }
+        }
+        if let Some(done) = pending.take() {
+            self.report(gpu, done, &mut log, observer)?;
+        }
+        self.write_weights(run.root())
+    }
+
+    /// Samples of step `step`, by their place in the data set.
+    fn order(&self, step: u64) -> (u64, Vec<usize>) {
+        let per_epoch = self.steps_per_epoch();
+        let (epoch, within) = (step / per_epoch, (step % per_epoch) as usize);
+        let order = self
+            .data
+            .order(self.config.train.seed, epoch, self.config.data.shuffle);
+        let batch = self.config.train.batch;
+        let from = within * batch;
+        (epoch, order[from..(from + batch).min(order.len())].to_vec())
+    }
+
+    fn examples(&self, order: &[usize]) -> Result<Vec<Example>> {
+        let prepare = |&i: &usize| {
+            let case = self.config.words.case;
+            Example::prepare(&self.data.samples[i], &self.student, self.store.as_ref(), case)
+        };
+        order.iter().map(prepare).collect()
+    }
+
+    /// Forward, backward and update of one batch; nothing is waited for.
+    fn step(&mut self, gpu: &Gpu) -> Result<Pending> {
+        let (epoch, order) = self.order(self.step);
+        let examples = self.examples(&order)?;
+        let config = &self.config;
+        set_dropout_seed(Some(step_seed(config.train.seed, self.step)));
+        gpu.reset_peak();
+        let examples: Vec<&Example> = examples.iter().collect();
+        let batch = Batch::new(gpu, &examples);
+        let losses = self.losses(gpu, &examples, &batch, self.step)?;
+        let gradients = match losses.total.needs_grad() {
+            true => losses.total.backward(),
+            false => Gradients::default(),
+        };
+        set_dropout_seed(None);
+        let lr = (config.optimizer.lr * config.optimizer.gamma.powi(epoch as i32)) as f32;
+        let norm = self.optimizer.step(&gradients, lr);
+        drop(gradients);
+        let metrics = StepMetrics {
+            step: self.step,
+            epoch,
+            matched_words: batch.words as u64,
+            lr: f64::from(lr),
+            tokens: batch.tokens as u64,
+            peak_bytes: gpu.memory().peak_bytes,
+            loss: 0.0,
+            lm_loss: 0.0,
+            attn_loss: 0.0,
+            grad_norm: 0.0,
+            step_ms: 0.0,
+        };
+        self.step += 1;
+        Ok(Pending {
+            metrics,
+            lm_loss: losses.lm.value().read_later(),
+            attn_loss: losses.attention.map(|l| l.value().read_later()),
+            grad_norm: norm.map(|n| n.read_later()),
+            order,
+        })
+    }
+
+    /// λ and the language loss's factor at `step`.
+    fn weights(&self, step: u64) -> (f32, f32) {
+        let loss = &self.config.loss;
+        let share = step as f64 / self.total_steps() as f64;
+        let lambda = match loss.schedule {
+            LambdaSchedule::Constant => loss.lambda,
+            LambdaSchedule::Exponential => loss.lambda * (-loss.decay * share).exp(),
+        };
+        let warming = step < loss.aligner_warmup_steps;
+        (lambda as f32, if warming { WARMUP_FACTOR } else { 1.0 })
+    }
+
+    fn losses(&self, gpu: &Gpu, examples: &[&Example], batch: &Batch, step: u64) -> Result<Losses> {
+        let (lambda, language) = self.weights(step);
+        let prepared: Vec<_> = examples.iter().map(|e| &e.prepared).collect();
+        let taps = batch.tap_rows.as_ref().map(|rows| Taps {
+            layers: &self.layers,
+            rows: rows.clone(),
+            columns: batch.tap_columns.clone(),
+        });
+        let output = self.student.forward(&prepared, taps.as_ref())?;
+        let width = output.hidden.value().last_dim();
+        let tokens = output.hidden.value().elements() / width;
+        let hidden = output.hidden.reshape(&[tokens, width]);
+        let logits = self.student.logits(&hidden.gather_rows(&batch.label_rows));
+        let lm = logits.cross_entropy(&batch.labels, batch.label_count);
+        let attention = batch.targets.as_ref().map(|targets| {
+            let samples: Vec<(&SampleWords, Grid)> = examples
+                .iter()
+                .zip(&batch.grids)
+                .map(|(e, &grid)| (&e.words, grid))
+                .collect();
+            let loss = |taps: &[Var]| {
+                let maps: Vec<Var> =
+                    taps.iter().filter_map(|t| word_maps(gpu, t, &samples)).collect();
+                attention_loss(&aligned(&maps, self.config.attention.aggregate, &self.aligner), targets)
+            };
+            // Logged at λ = 0 too, off the tape.
+            match lambda == 0.0 {
+                true => no_grad(|| loss(&output.taps.iter().map(Var::detach).collect::<Vec<_>>())),
+                false => loss(&output.taps),
+            }
+        });
+        let weighted = match language == 1.0 {
+            true => lm.clone(),
+            false => lm.scale(language),
+        };
+        let total = match &attention {
+            Some(attention) if lambda != 0.0 => weighted.add(&attention.scale(lambda)),
+            _ => weighted,
+        };
+        Ok(Losses { lm, attention, total })
+    }
+
+    /// Waits for a step's figures, checks and logs them.
+    fn report(
+        &self,
+        gpu: &Gpu,
+        done: Pending,
+        log: &mut Log,
+        observer: &mut dyn Observer,
+    ) -> Result<()> {
+        let first = |read: Option<PendingRead>| -> Result<f64> {
+            Ok(match read {
+                Some(read) => f64::from(read.wait()?[0]),
+                None => 0.0,
+            })
+        };
+        let mut metrics = done.metrics;
+        metrics.lm_loss = first(Some(done.lm_loss))?;
+        metrics.attn_loss = first(done.attn_loss)?;
+        metrics.grad_norm = first(done.grad_norm)?;
+        let (lambda, language) = self.weights(metrics.step);
+        metrics.loss = f64::from(language) * metrics.lm_loss + f64::from(lambda) * metrics.attn_loss;
+        if !(metrics.loss.is_finite() && metrics.grad_norm.is_finite()) {
+            return Err(self.not_finite(gpu, &metrics, &done.order));
+        }
+        log.metrics.append(&metrics)?;
+        log.events.scalars(metrics.step, &metrics.scalars())?;
+        observer.step(&metrics, log.total);
+        Ok(())
+    }
+
+    /// Repeats the forward of a bad step, whose update was skipped, to name the op at fault.
+    fn not_finite(&self, gpu: &Gpu, metrics: &StepMetrics, order: &[usize]) -> Error {
+        set_dropout_seed(Some(step_seed(self.config.train.seed, metrics.step)));
+        let found = find_non_finite(|| {
+            if let Ok(examples) = self.examples(order) {
+                let examples: Vec<&Example> = examples.iter().collect();
+                let batch = Batch::new(gpu, &examples);
+                // Only the watch matters; an error would have come up in the step itself.
+                let _ = no_grad(|| self.losses(gpu, &examples, &batch, metrics.step));
+            }
+        });
+        set_dropout_seed(None);
+        let what = match (found, metrics.loss.is_finite()) {
+            (Some(op), _) => format!("the loss; the first op with a bad result is {op}"),
+            (None, true) => format!("the gradient norm ({})", metrics.grad_norm),
+            (None, false) => format!("the loss ({})", metrics.loss),
+        };
+        Error::NotFinite {
+            step: metrics.step,
+            what,
+            advice: "the weights were not updated by it and the last checkpoint is whole; \
+                     lower optimizer.lr or loss.lambda, set optimizer.grad_clip, or use precision f32, \
+                     then go on with --resume"
+                .into(),
+        }
+    }
+
+    fn save(&self, run: &RunDir) -> Result<()> {
+        checkpoint::write(&run.checkpoints(), self.step, &(), |dir| {
+            self.write_weights(dir)?;
+            self.optimizer.save(&dir.join("optimizer.safetensors"))
+        })?;
+        Ok(())
+    }
+
+    /// Writes `lora/` and `aligner.safetensors` into `dir`.
+    fn write_weights(&self, dir: &Path) -> Result<()> {
+        let base = self.config.model.path.display().to_string();
+        save_lora(&dir.join("lora"), &self.student.parameters(), &self.lora, &base)?;
+        let aligner = dir.join("aligner.safetensors");
+        self.aligner.parameters().save(&aligner, DType::F32)
+    }
+
+    /// Aligned maps of sample `index`'s matched words, for looking: (words, [words, R·R], targets).
+    ///
+    /// # Errors
+    /// A bad sample or a GPU fault.
+    pub fn maps(&self, gpu: &Gpu, index: usize) -> Result<Option<(Vec<String>, Vec<f32>, Vec<f32>)>> {
+        let examples = self.examples(&[index])?;
+        let examples: Vec<&Example> = examples.iter().collect();
+        let batch = Batch::new(gpu, &examples);
+        let Some(rows) = batch.tap_rows.clone() else {
+            return Ok(None);
+        };
+        let taps = Taps {
+            layers: &self.layers,
+            rows,
+            columns: batch.tap_columns.clone(),
+        };
+        no_grad(|| {
+            let output = self.student.forward(&[&examples[0].prepared], Some(&taps))?;
+            let samples = [(&examples[0].words, batch.grids[0])];
+            let maps: Vec<Var> = output
+                .taps
+                .iter()
+                .filter_map(|t| word_maps(gpu, t, &samples))
+                .collect();
+            let maps = aligned(&maps, self.config.attention.aggregate, &self.aligner).value().to_f32()?;
+            let words = examples[0].words.words.clone();
+            Ok(Some((words, maps, examples[0].targets.clone())))
+        })
+    }
+
+    /// The data set.
+    pub fn data(&self) -> &DataSet {
+        &self.data
+    }
+}
+
+/// Seed of the dropout masks of step `step` (SplitMix64's finaliser).
+fn step_seed(seed: u64, step: u64) -> u64 {
+    let mut z = seed.wrapping_add((step + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
