@@ -8,6 +8,7 @@ pub mod autograd;
 pub mod cli;
 pub mod data;
 pub mod diffusion;
+pub mod embedded;
 pub mod error;
 pub mod eval;
 pub mod files;

@@ -5,6 +5,7 @@ use crate::align::words::WordTokens;
 use crate::autograd::Var;
 use crate::gpu::Gpu;
 use crate::tensor::Tensor;
+use crate::vlm::Grid;
 
 /// The words of one sample whose attention is tapped.
 #[derive(Clone, Debug)]
@@ -68,14 +69,6 @@ impl SampleWords {
     }
 }
 
-/// The image grid that a sample's tapped key columns form, in raster order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Grid {
-    /// Rows of patches or image tokens.
-    pub height: usize,
-    /// Columns.
-    pub width: usize,
-}
 
 /// Word maps of one hooked layer: probabilities [rows of all samples, heads, columns] of a tap →
 /// [words of all samples, R, R, heads], resized bilinearly to R = 32.

@@ -1,6 +1,29 @@
 //! `train`: fine-tunes a vision-language model towards its targets.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use super::{Context, Progress, targets};
+use crate::align::picture::{WordMaps, save_png, word_sheet};
+use crate::data::scenes::{Scene, SceneSet, Split};
+use crate::data::{DataSet, drawn};
+use crate::eval::drawn::{Figures, figures};
+use crate::gpu::Gpu;
+use crate::train::config::{Config, EMBEDDED};
+use crate::train::metrics::StepMetrics;
+use crate::train::recipe::{Observer, Training, WordSheet};
+use crate::train::rundir::RunDir;
+use crate::{Result, embedded};
+
+/// Samples whose map pictures are drawn.
+const PICTURES: usize = 6;
+/// Seed of the embedded data set; the mini models were trained on scenes of others.
+const SCENES_SEED: u64 = 20;
+/// Scenes of the embedded training set.
+const TRAIN_SCENES: usize = 96;
+/// Questions of each that are trained on.
+const QUESTIONS: usize = 2;
+/// Held-out scenes that the embedded run is measured on.
+const TEST_SCENES: usize = 48;
 
 /// Options of `train`.
 #[derive(Debug, clap::Args)]
@@ -17,6 +40,187 @@ pub struct Args {
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub set: Vec<String>,
     /// Go on with a stopped run, by its own resolved configuration
-    #[arg(long, value_name = "RUN_DIR")]
+    #[arg(long, value_name = "RUN_DIR", conflicts_with = "set")]
     pub resume: Option<PathBuf>,
+}
+
+/// Trains, or goes on training, and writes the run directory.
+///
+/// # Errors
+/// Anything wrong with the configuration or its files, GPU faults, a loss that is not finite, Ctrl-C.
+/// Whole checkpoints stay and `--resume` goes on from the last.
+pub fn run(args: &Args, context: &Context) -> Result<()> {
+    let (run, config, from) = match &args.resume {
+        Some(dir) => RunDir::open(dir)?,
+        None => {
+            let config = match &args.config {
+                Some(path) => Config::load(path, &args.set)?,
+                None => Config::parse(embedded::text("train.toml")?, "the embedded configuration", &args.set)?,
+            };
+            let config = overridden(config, context);
+            let run = RunDir::create(&config)?;
+            (run, config, None)
+        }
+    };
+    let gpu = context.gpu()?;
+    context.say(format_args!("run {} on {}", run.root().display(), gpu.tier()));
+    let drawn = config.data.path == Path::new(EMBEDDED);
+    let config = with_files(config, &run, context)?;
+    let mut training = Training::new(gpu, &config)?;
+    let test: Vec<Scene> = match drawn {
+        true => SceneSet::new(SCENES_SEED, Split::HeldOut, TEST_SCENES).iter().collect(),
+        false => Vec::new(),
+    };
+    // Before the weights of a checkpoint are put back, a resumed run stands where it once began.
+    let before = measure(gpu, &training, &test, "before", context)?;
+    let pictures = pictures(&training);
+    let maps_before = sheets(gpu, &training, &pictures)?;
+    if let Some(from) = &from {
+        training.restore(from)?;
+        context.say(format_args!("going on at step {}", from.step));
+    }
+    let mut watch = Watch {
+        progress: context.progress("train", training.total_steps() as usize),
+        context,
+    };
+    watch.progress.skip(from.map_or(0, |f| f.step as usize));
+    training.run(gpu, &run, &mut watch)?;
+    drop(watch);
+    let maps_after = sheets(gpu, &training, &pictures)?;
+    for ((&index, before), after) in pictures.iter().zip(&maps_before).zip(&maps_after) {
+        draw(&run, &training, index, before, after)?;
+    }
+    if let (Some(before), Some(after)) = (before, measure(gpu, &training, &test, "after", context)?) {
+        table(context, before, after)?;
+    }
+    context.print(format_args!(
+        "LoRA adapter {}, aligner {}, maps {}",
+        run.lora().display(),
+        run.aligner().display(),
+        run.maps().display()
+    ))
+}
+
+/// `--precision` and `--seed` win over the configuration.
+fn overridden(mut config: Config, context: &Context) -> Config {
+    config.train.seed = context.seed(config.train.seed);
+    config.train.precision = context.common.precision.unwrap_or(config.train.precision);
+    config
+}
+
+/// The configuration with the files that it stands for: embedded models unpacked, scenes drawn,
+/// targets made where a diffusion model is named and no store.
+fn with_files(mut config: Config, run: &RunDir, context: &Context) -> Result<Config> {
+    let models = run.root().join("models");
+    if config.model.path == Path::new(EMBEDDED) {
+        config.model.path = embedded::unpack("student", &models)?;
+    }
+    let mut captions = config.data.path.clone();
+    if config.data.path == Path::new(EMBEDDED) {
+        let scenes = SceneSet::new(SCENES_SEED, Split::Train, TRAIN_SCENES);
+        (captions, config.data.path) = drawn::write(&run.root().join("data"), scenes, QUESTIONS)?;
+    }
+    if let (None, Some(diffusion)) = (&config.data.targets, &config.data.diffusion) {
+        let diffusion = match diffusion == Path::new(EMBEDDED) {
+            true => embedded::unpack("teacher", &models)?,
+            false => diffusion.clone(),
+        };
+        let out = run.root().join("targets");
+        let images = config.data.images.clone();
+        targets::make(&diffusion, &captions, images, &out, config.words.case, context)?;
+        config.data.targets = Some(out);
+    }
+    Ok(config)
+}
+
+/// The first samples, those with targets first come.
+fn pictures(training: &Training) -> Vec<usize> {
+    (0..training.data().samples.len().min(PICTURES)).collect()
+}
+
+fn sheets(gpu: &Gpu, training: &Training, indices: &[usize]) -> Result<Vec<Option<WordSheet>>> {
+    indices.iter().map(|&i| training.maps(gpu, i)).collect()
+}
+
+fn draw(
+    run: &RunDir,
+    training: &Training,
+    index: usize,
+    before: &Option<WordSheet>,
+    after: &Option<WordSheet>,
+) -> Result<()> {
+    let (Some(before), Some(after)) = (before, after) else {
+        return Ok(());
+    };
+    let data: &DataSet = training.data();
+    let sample = &data.samples[index];
+    let cells = before.maps.len() / before.words.len().max(1);
+    let rows: Vec<WordMaps<'_>> = before
+        .words
+        .iter()
+        .enumerate()
+        .map(|(w, word)| {
+            let part = w * cells..(w + 1) * cells;
+            WordMaps {
+                word,
+                target: before.targets.get(part.clone()),
+                before: before.maps.get(part.clone()),
+                after: after.maps.get(part),
+            }
+        })
+        .collect();
+    let sheet = word_sheet(&sample.image.open()?, &rows);
+    let name = crate::align::picture::file_stem(&sample.id);
+    save_png(run.maps().join(format!("{name}.png")), &sheet)
+}
+
+fn measure(
+    gpu: &Gpu,
+    training: &Training,
+    scenes: &[Scene],
+    when: &str,
+    context: &Context,
+) -> Result<Option<Figures>> {
+    if scenes.is_empty() {
+        return Ok(None);
+    }
+    let mut progress = context.progress(&format!("measure {when}"), scenes.len());
+    figures(gpu, &training.student, scenes, || progress.step("")).map(Some)
+}
+
+fn table(context: &Context, before: Figures, after: Figures) -> Result<()> {
+    context.print(format_args!("{TEST_SCENES} held-out scenes      before    after"))?;
+    let rows = [
+        ("answer loss (nats/token)", before.answer_loss, after.answer_loss),
+        ("answer accuracy", before.answer_accuracy, after.answer_accuracy),
+        ("attention entropy (nats)", before.attention_entropy, after.attention_entropy),
+        ("pointing game", before.pointing, after.pointing),
+    ];
+    for (name, before, after) in rows {
+        context.print(format_args!("{name:24} {before:9.3} {after:8.3}"))?;
+    }
+    context.print(format_args!("{:24} {:9.3}", "pointing by chance", before.chance))
+}
+
+/// Progress of a run, and Ctrl-C.
+struct Watch<'a> {
+    progress: Progress,
+    context: &'a Context,
+}
+
+impl Observer for Watch<'_> {
+    fn step(&mut self, m: &StepMetrics, _: u64) {
+        self.progress.step(format!(
+            "loss {:.4} lm {:.4} attention {:.4} {:.0} tokens/s {} MiB",
+            m.loss,
+            m.lm_loss,
+            m.attn_loss,
+            m.tokens as f64 / (m.step_ms * 1e-3).max(1e-6),
+            m.peak_bytes >> 20
+        ));
+    }
+
+    fn interrupted(&self) -> bool {
+        self.context.interrupt.requested()
+    }
 }

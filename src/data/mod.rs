@@ -1,6 +1,7 @@
 //! Data sets: samples of an image and a conversation, whatever file they come from.
 
 pub mod conversations;
+pub mod drawn;
 pub mod picture;
 pub mod scenes;
 mod sample;

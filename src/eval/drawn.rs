@@ -8,6 +8,7 @@ use crate::align::maps::{SampleWords, min_max_host, word_maps};
 use crate::align::store::SIDE;
 use crate::align::words::Case;
 use crate::autograd::{Var, no_grad};
+use crate::data::drawn::CAPTION_PROMPT;
 use crate::data::scenes::{Mask, Scene};
 use crate::error::Result;
 use crate::gpu::Gpu;
@@ -15,8 +16,6 @@ use crate::train::batch::{Batch, Example, answer_words};
 use crate::vlm::processor::template::Message;
 use crate::vlm::{Prepared, Student, Taps};
 
-/// What a caption is asked for with.
-pub const CAPTION_PROMPT: &str = "Describe the image in a single sentence as a caption.";
 
 /// Scenes in one forward.
 const BATCH: usize = 8;

@@ -18,7 +18,6 @@ use super::optimizer::Optimizer;
 use super::rundir::RunDir;
 use crate::align::aligner::{Aligner, AlignerShape};
 use crate::align::loss::{aligned, attention_loss, channels};
-use crate::align::options::LambdaSchedule;
 use crate::align::maps::{SampleWords, word_maps};
 use crate::align::store::TargetStore;
 use crate::autograd::{Gradients, Var, find_non_finite, no_grad};
@@ -29,9 +28,6 @@ use crate::nn::{LoadOptions, LoraConfig, Parameter, load_lora, lora_config, save
 use crate::ops::adamw::AdamW;
 use crate::tensor::{DType, PendingRead};
 use crate::vlm::{Grid, Student, Taps};
-
-/// Passes over the data where neither `train.steps` nor `train.epochs` is given.
-const DEFAULT_EPOCHS: u64 = 3;
 
 /// Factor of the language loss while the aligner warms up.
 const WARMUP_FACTOR: f32 = 1e-7;
@@ -59,6 +55,16 @@ pub struct Training {
     optimizer: Optimizer,
     /// Updates done.
     step: u64,
+}
+
+/// A sample's words with the student's aligned maps and the targets, both [words, R·R].
+pub struct WordSheet {
+    /// The matched words.
+    pub words: Vec<String>,
+    /// The student's maps.
+    pub maps: Vec<f32>,
+    /// The teacher's.
+    pub targets: Vec<f32>,
 }
 
 /// Where a run's figures go.
@@ -183,14 +189,12 @@ impl Training {
 
     /// Number of batches in an epoch.
     pub fn steps_per_epoch(&self) -> u64 {
-        self.data.samples.len().div_ceil(self.config.train.batch) as u64
+        self.config.steps_per_epoch(self.data.samples.len())
     }
 
     /// Steps of the whole run.
     pub fn total_steps(&self) -> u64 {
-        let config = &self.config.train;
-        let epochs = config.epochs.unwrap_or(DEFAULT_EPOCHS);
-        config.steps.unwrap_or(epochs * self.steps_per_epoch())
+        self.config.total_steps(self.data.samples.len())
     }
 
     /// Runs to the end, or to an interrupt; checkpoints, metrics and the final weights go to `run`.
@@ -269,7 +273,7 @@ impl Training {
             false => Gradients::default(),
         };
         set_dropout_seed(None);
-        let lr = (config.optimizer.lr * config.optimizer.gamma.powi(epoch as i32)) as f32;
+        let lr = config.learning_rate(epoch) as f32;
         let norm = self.optimizer.step(&gradients, lr);
         drop(gradients);
         let metrics = StepMetrics {
@@ -297,13 +301,8 @@ impl Training {
 
     /// λ and the language loss's factor at `step`.
     fn weights(&self, step: u64) -> (f32, f32) {
-        let loss = &self.config.loss;
-        let share = step as f64 / self.total_steps() as f64;
-        let lambda = match loss.schedule {
-            LambdaSchedule::Constant => loss.lambda,
-            LambdaSchedule::Exponential => loss.lambda * (-loss.decay * share).exp(),
-        };
-        let warming = step < loss.aligner_warmup_steps;
+        let lambda = self.config.lambda(step, self.total_steps());
+        let warming = step < self.config.loss.aligner_warmup_steps;
         (lambda as f32, if warming { WARMUP_FACTOR } else { 1.0 })
     }
 
@@ -421,11 +420,11 @@ impl Training {
         self.aligner.parameters().save(&aligner, DType::F32)
     }
 
-    /// Aligned maps of sample `index`'s matched words, for looking: (words, [words, R·R], targets).
+    /// Aligned maps of sample `index`'s matched words, for looking; `None` where it has none.
     ///
     /// # Errors
     /// A bad sample or a GPU fault.
-    pub fn maps(&self, gpu: &Gpu, index: usize) -> Result<Option<(Vec<String>, Vec<f32>, Vec<f32>)>> {
+    pub fn maps(&self, gpu: &Gpu, index: usize) -> Result<Option<WordSheet>> {
         let examples = self.examples(&[index])?;
         let examples: Vec<&Example> = examples.iter().collect();
         let batch = Batch::new(gpu, &examples);
@@ -445,9 +444,12 @@ impl Training {
                 .iter()
                 .filter_map(|t| word_maps(gpu, t, &samples))
                 .collect();
-            let maps = aligned(&maps, self.config.attention.aggregate, &self.aligner).value().to_f32()?;
-            let words = examples[0].words.words.clone();
-            Ok(Some((words, maps, examples[0].targets.clone())))
+            let maps = aligned(&maps, self.config.attention.aggregate, &self.aligner);
+            Ok(Some(WordSheet {
+                words: examples[0].words.words.clone(),
+                maps: maps.value().to_f32()?,
+                targets: examples[0].targets.clone(),
+            }))
         })
     }
 
