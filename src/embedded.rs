@@ -27,7 +27,9 @@ pub fn unpack(name: &str, into: &Path) -> Result<PathBuf> {
     let root = into.join(name);
     let mut waiting: Vec<&Dir<'_>> = MINI.get_dir(name).into_iter().collect();
     if waiting.is_empty() {
-        return Err(Error::Input(format!("this program was built without models/mini/{name}")));
+        return Err(Error::Input(format!(
+            "this program was built without models/mini/{name}"
+        )));
     }
     while let Some(dir) = waiting.pop() {
         waiting.extend(dir.dirs());

@@ -61,7 +61,9 @@ pub enum Error {
         limit: Option<u64>,
     },
     /// A tensor exceeds what the adapter can bind in one dispatch.
-    #[error("{op}: a tensor of {bytes} bytes exceeds this adapter's binding limit of {limit} bytes")]
+    #[error(
+        "{op}: a tensor of {bytes} bytes exceeds this adapter's binding limit of {limit} bytes"
+    )]
     BindingTooLarge {
         /// The operation.
         op: String,
@@ -71,7 +73,9 @@ pub enum Error {
         limit: u64,
     },
     /// The device went away (driver reset, unplugged, watchdog).
-    #[error("the GPU device was lost: {0}; everything saved so far is intact, start again with `--resume`")]
+    #[error(
+        "the GPU device was lost: {0}; everything saved so far is intact, start again with `--resume`"
+    )]
     DeviceLost(String),
     /// Any other error that the GPU reported.
     #[error("GPU error: {0}")]

@@ -85,11 +85,21 @@ impl Aligner {
         };
         let out = match shape.kind {
             AlignerKind::None => None,
-            _ => Some(Conv2d::load(&loader.sub("out"), [c, 1, 1], 1, [0; 4], true)?),
+            _ => Some(Conv2d::load(
+                &loader.sub("out"),
+                [c, 1, 1],
+                1,
+                [0; 4],
+                true,
+            )?),
         };
         Ok(Aligner {
             shape,
-            blocks: widths.into_iter().enumerate().map(block).collect::<Result<_>>()?,
+            blocks: widths
+                .into_iter()
+                .enumerate()
+                .map(block)
+                .collect::<Result<_>>()?,
             out,
             parameters: loader.parameters(),
         })

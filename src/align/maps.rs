@@ -45,7 +45,10 @@ impl SampleWords {
             .map(|w| (w.text.as_str(), predicting(w)))
             .filter(|(_, rows)| !rows.is_empty())
             .collect();
-        let mut rows: Vec<usize> = weighted.iter().flat_map(|(_, r)| r.iter().map(|x| x.0)).collect();
+        let mut rows: Vec<usize> = weighted
+            .iter()
+            .flat_map(|(_, r)| r.iter().map(|x| x.0))
+            .collect();
         rows.sort_unstable();
         rows.dedup();
         let mut weights = vec![0.0; weighted.len() * rows.len()];
@@ -68,7 +71,6 @@ impl SampleWords {
         self.words.is_empty()
     }
 }
-
 
 /// Word maps of one hooked layer: probabilities [rows of all samples, heads, columns] of a tap →
 /// [words of all samples, R, R, heads], resized bilinearly to R = 32.
@@ -122,5 +124,7 @@ pub fn min_max(maps: &Var) -> Var {
 pub fn min_max_host(map: &[f32]) -> Vec<f32> {
     let min = map.iter().copied().fold(f32::INFINITY, f32::min);
     let max = map.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    map.iter().map(|v| (v - min) / (max - min + MIN_MAX_EPS)).collect()
+    map.iter()
+        .map(|v| (v - min) / (max - min + MIN_MAX_EPS))
+        .collect()
 }

@@ -14,6 +14,42 @@ pub enum WordSource {
     Labels,
 }
 
+/// How maps of layers and heads become one: `attention.aggregate`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Aggregate {
+    /// Heads are the aligner's channels, the aligner runs on each layer, then the mean over layers.
+    #[default]
+    Learned,
+    /// Mean over layers, heads are channels.
+    MeanLayer,
+    /// Maximum over layers, heads are channels.
+    MaxLayer,
+    /// Maximum over heads, then over layers; one channel.
+    MaxMax,
+    /// Mean over heads and layers; one channel.
+    MeanMean,
+}
+
+impl FromStr for Aggregate {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Ok(match text {
+            "learned" => Self::Learned,
+            "mean-layer" => Self::MeanLayer,
+            "max-layer" => Self::MaxLayer,
+            "max-max" => Self::MaxMax,
+            "mean-mean" => Self::MeanMean,
+            _ => {
+                return Err(format!(
+                    "found `{text}`, expected learned, mean-layer, max-layer, max-max or mean-mean"
+                ));
+            }
+        })
+    }
+}
+
 /// Which attention layers are tapped: `attention.layers`, written `"all"`, `"last:N"` or a list of indices.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Layers {
@@ -113,6 +149,19 @@ impl<'de> Deserialize<'de> for Layers {
     }
 }
 
+/// The network between the model's maps and the targets: `aligner.kind`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AlignerKind {
+    /// Three blocks of 3×3 convolution, norm and activation, then 1×1 to one channel.
+    #[default]
+    Conv,
+    /// Two such blocks.
+    Light,
+    /// None: the aggregated map itself (only where the aggregation gives one channel).
+    None,
+}
+
 /// The aligner's norm: `aligner.norm`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -120,6 +169,8 @@ pub enum AlignerNorm {
     /// Instance norm without affine parameters.
     #[default]
     Instance,
+    /// None.
+    None,
 }
 
 /// The aligner's activation: `aligner.activation`.
@@ -129,6 +180,8 @@ pub enum AlignerActivation {
     /// ReLU6.
     #[default]
     Relu6,
+    /// LeakyReLU with slope 0.1.
+    LeakyRelu,
 }
 
 /// How λ changes over a run: `loss.schedule`.

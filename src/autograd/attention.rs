@@ -75,12 +75,19 @@ fn node(
         if upstream[0].is_none() && tapped.is_empty() {
             return vec![None, None, None];
         }
-        let forward = op::Forward { q: &qv, k: &kv, v: &vv, out: &out, lse: &lse };
+        let forward = op::Forward {
+            q: &qv,
+            k: &kv,
+            v: &vv,
+            out: &out,
+            lse: &lse,
+        };
         let (dq, dk, dv) =
             op::attention_backward(forward, upstream[0].as_ref(), &tapped, shape, &mask);
         vec![Some(dq), Some(dk), Some(dv)]
     };
-    let mut outputs = Var::from_multi_op("attention", outputs, &[q, k, v], false, Box::new(backward));
+    let mut outputs =
+        Var::from_multi_op("attention", outputs, &[q, k, v], false, Box::new(backward));
     let taps = outputs.split_off(1);
     (outputs.remove(0), taps)
 }

@@ -20,7 +20,13 @@ pub fn checkpoint(inputs: &[Var], f: impl Fn(&[Var]) -> Vec<Var> + 'static) -> V
         let inputs: Vec<Var> = values
             .into_iter()
             .zip(needs)
-            .map(|(v, &needed)| if needed { Var::parameter(v) } else { Var::constant(v) })
+            .map(|(v, &needed)| {
+                if needed {
+                    Var::parameter(v)
+                } else {
+                    Var::constant(v)
+                }
+            })
             .collect();
         let outputs = with_recording(true, || f(&inputs));
         let roots: Vec<(Var, Tensor)> = outputs

@@ -29,7 +29,9 @@ impl Var {
     /// self·scale.
     pub fn scale(&self, scale: f32) -> Var {
         let y = scaled(self.value(), scale);
-        Var::from_op("scale", y, &[self], move |dy, _| vec![Some(scaled(dy, scale))])
+        Var::from_op("scale", y, &[self], move |dy, _| {
+            vec![Some(scaled(dy, scale))]
+        })
     }
 
     /// self + shift.
@@ -124,17 +126,23 @@ impl Var {
     /// The same elements under another shape.
     pub fn reshape(&self, shape: &[usize]) -> Var {
         let before = self.shape().to_vec();
-        Var::from_op("reshape", self.value().reshape(shape), &[self], move |dy, _| {
-            vec![Some(dy.reshape(&before))]
-        })
+        Var::from_op(
+            "reshape",
+            self.value().reshape(shape),
+            &[self],
+            move |dy, _| vec![Some(dy.reshape(&before))],
+        )
     }
 
     /// Dimension `i` of the result is dimension `order[i]`.
     pub fn permute(&self, order: &[usize]) -> Var {
         let inverse = inverse_order(order);
-        Var::from_op("permute", permute(self.value(), order), &[self], move |dy, _| {
-            vec![Some(permute(dy, &inverse))]
-        })
+        Var::from_op(
+            "permute",
+            permute(self.value(), order),
+            &[self],
+            move |dy, _| vec![Some(permute(dy, &inverse))],
+        )
     }
 
     /// Elements `start .. start + len` of `axis`.
@@ -151,14 +159,19 @@ impl Var {
         let values: Vec<&Tensor> = inputs.iter().map(Var::value).collect();
         let lengths: Vec<usize> = inputs.iter().map(|v| v.dim(axis)).collect();
         let parents: Vec<&Var> = inputs.iter().collect();
-        Var::from_op("concat", concat(&values, axis), &parents, move |dy, needs| {
-            let mut start = 0;
-            let mut part = |(&len, &needed): (&usize, &bool)| {
-                start += len;
-                needed.then(|| slice(dy, axis, start - len, len))
-            };
-            lengths.iter().zip(needs).map(&mut part).collect()
-        })
+        Var::from_op(
+            "concat",
+            concat(&values, axis),
+            &parents,
+            move |dy, needs| {
+                let mut start = 0;
+                let mut part = |(&len, &needed): (&usize, &bool)| {
+                    start += len;
+                    needed.then(|| slice(dy, axis, start - len, len))
+                };
+                lengths.iter().zip(needs).map(&mut part).collect()
+            },
+        )
     }
 
     /// Rows `rows` (u32 [R]) of self [N, D]: [R, D].

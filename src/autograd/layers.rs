@@ -1,10 +1,9 @@
 //! Products, convolutions, norms and losses on [`Var`].
 
 use super::Var;
-use crate::ops::conv2d::{Conv2dOptions, conv2d, conv2d_grad_input, conv2d_grad_weight};
 use crate::ops::binary::broadcast_to;
+use crate::ops::conv2d::{Conv2dOptions, conv2d, conv2d_grad_input, conv2d_grad_weight};
 use crate::ops::cross_entropy::{CrossEntropy, cross_entropy, cross_entropy_backward};
-use crate::ops::unary::{Unary, unary};
 use crate::ops::embedding::{embedding, embedding_backward};
 use crate::ops::group_norm::{group_norm, group_norm_backward};
 use crate::ops::layer_norm::{layer_norm, layer_norm_backward};
@@ -15,6 +14,7 @@ use crate::ops::rms_norm::{rms_norm, rms_norm_backward};
 use crate::ops::rotary::{rotary, rotary_backward};
 use crate::ops::softmax::{softmax, softmax_backward};
 use crate::ops::swiglu::{swiglu as swiglu_op, swiglu_backward};
+use crate::ops::unary::{Unary, unary};
 use crate::ops::upsample_nearest2x::{upsample_nearest2x, upsample_nearest2x_backward};
 use crate::tensor::{DType, Tensor};
 
@@ -38,10 +38,20 @@ impl Var {
 
     fn product(&self, other: &Var, trans_b: bool) -> Var {
         let (a, b) = (self.value().clone(), other.value().clone());
-        let y = matmul(&a, &b, &MatmulOptions { trans_b, ..Default::default() });
+        let y = matmul(
+            &a,
+            &b,
+            &MatmulOptions {
+                trans_b,
+                ..Default::default()
+            },
+        );
         Var::from_op("matmul", y, &[self, other], move |dy, needs| {
             let da = needs[0].then(|| {
-                let options = MatmulOptions { trans_b: !trans_b, ..Default::default() };
+                let options = MatmulOptions {
+                    trans_b: !trans_b,
+                    ..Default::default()
+                };
                 matmul(dy, &b, &options)
             });
             let db = needs[1].then(|| grad_right(&a, dy, &b, trans_b));
@@ -123,7 +133,9 @@ impl Var {
         let channels = x.last_dim();
         let y = group_norm(&x, channels, None, None, eps);
         Var::from_op("instance_norm", y, &[self], move |dy, _| {
-            vec![Some(group_norm_backward(&x, channels, None, dy, eps, false).dx)]
+            vec![Some(
+                group_norm_backward(&x, channels, None, dy, eps, false).dx,
+            )]
         })
     }
 
@@ -184,7 +196,9 @@ impl Var {
         let mean = unary(&sum, Unary::Affine(scale, 0.0));
         Var::from_op("cross_entropy", mean, &[self], move |dy, _| {
             let upstream = broadcast_to(&unary(dy, Unary::Affine(scale, 0.0)), loss.shape());
-            vec![Some(cross_entropy_backward(&logits, &labels, &lse, &upstream))]
+            vec![Some(cross_entropy_backward(
+                &logits, &labels, &lse, &upstream,
+            ))]
         })
     }
 }
@@ -192,7 +206,10 @@ impl Var {
 /// Gradient of the right operand: aᵀ·dy, or dyᵀ·a where it was transposed; batches that shared an
 /// unbatched operand are summed.
 fn grad_right(a: &Tensor, dy: &Tensor, b: &Tensor, trans_b: bool) -> Tensor {
-    let options = MatmulOptions { trans_a: true, ..Default::default() };
+    let options = MatmulOptions {
+        trans_a: true,
+        ..Default::default()
+    };
     let flat = |t: &Tensor| t.reshape(&[t.elements() / t.last_dim(), t.last_dim()]);
     let (a, dy) = match b.rank() == 2 {
         true => (flat(a), flat(dy)),

@@ -11,7 +11,7 @@ mod functions;
 mod layers;
 mod var;
 
-pub use checkpoint::checkpoint;
 pub use attention::{attention, attention_captured, attention_tapped};
+pub use checkpoint::checkpoint;
 pub use layers::swiglu;
 pub use var::{Gradients, Var, find_non_finite, no_grad};

@@ -73,7 +73,9 @@ fn watch(op: &'static str, values: &[&Tensor]) {
     WATCH.with_borrow_mut(|watch| {
         let Some(found @ None) = watch else { return };
         for value in values {
-            let finite = value.to_f32().is_ok_and(|v| v.iter().all(|x| x.is_finite()));
+            let finite = value
+                .to_f32()
+                .is_ok_and(|v| v.iter().all(|x| x.is_finite()));
             if !finite {
                 *found = Some(format!("{op} (result {:?})", value.shape()));
                 return;
@@ -233,7 +235,11 @@ pub(super) fn backward_into(roots: &[(Var, Tensor)], gradients: &mut Gradients) 
     while let Some((id, (node, upstream))) = pending.pop_last() {
         let Some(run) = node.backward.borrow_mut().take() else {
             // A leaf, or a node whose tape an earlier backward has consumed.
-            assert_eq!(node.op, "parameter", "backward ran twice through `{}`", node.op);
+            assert_eq!(
+                node.op, "parameter",
+                "backward ran twice through `{}`",
+                node.op
+            );
             for grad in upstream.into_iter().flatten() {
                 gradients.add(id, grad);
             }

@@ -55,6 +55,8 @@ pub enum Command {
     Devices(devices::Args),
     /// Make the word maps of every sample of a data set, from a diffusion model
     Targets(targets::Args),
+    /// Fine-tune a vision-language model towards its targets
+    Train(train::Args),
 }
 
 impl Command {
@@ -63,6 +65,7 @@ impl Command {
             Self::Attention(args) => attention::run(args, context),
             Self::Devices(args) => devices::run(args, context),
             Self::Targets(args) => targets::run(args, context),
+            Self::Train(args) => train::run(args, context),
         }
     }
 }

@@ -58,6 +58,33 @@ pub struct Args {
     pub case: WordCase,
 }
 
+impl Args {
+    /// The defaults of the command line.
+    pub fn new(diffusion: PathBuf, data: PathBuf, images: Option<PathBuf>, out: PathBuf) -> Self {
+        Self {
+            diffusion,
+            data,
+            images,
+            out,
+            mode: Mode::Ddim,
+            steps: None,
+            shard: Shard { part: 0, parts: 1 },
+            layout: StoreLayout::Shards,
+            maps: StoredMaps::F16,
+            case: WordCase::Lower,
+        }
+    }
+
+    /// The same with words in this case.
+    pub fn with_case(mut self, case: Case) -> Self {
+        self.case = match case {
+            Case::Lower => WordCase::Lower,
+            Case::Keep => WordCase::Keep,
+        };
+        self
+    }
+}
+
 /// Writes the targets of every sample that has none yet.
 ///
 /// # Errors

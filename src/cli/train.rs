@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use super::{Context, Progress, targets};
 use crate::align::picture::{WordMaps, save_png, word_sheet};
+use crate::data::DataSet;
+use crate::data::drawn::write as scenes_on_disk;
 use crate::data::scenes::{Scene, SceneSet, Split};
-use crate::data::{DataSet, drawn};
 use crate::eval::drawn::{Figures, figures};
 use crate::gpu::Gpu;
 use crate::train::config::{Config, EMBEDDED};
@@ -22,6 +23,8 @@ const SCENES_SEED: u64 = 20;
 const TRAIN_SCENES: usize = 96;
 /// Questions of each that are trained on.
 const QUESTIONS: usize = 2;
+/// Steps of the teacher's trajectory there.
+const TEACHER_STEPS: usize = 4;
 /// Held-out scenes that the embedded run is measured on.
 const TEST_SCENES: usize = 48;
 
@@ -55,7 +58,11 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
         None => {
             let config = match &args.config {
                 Some(path) => Config::load(path, &args.set)?,
-                None => Config::parse(embedded::text("train.toml")?, "the embedded configuration", &args.set)?,
+                None => Config::parse(
+                    embedded::text("train.toml")?,
+                    "the embedded configuration",
+                    &args.set,
+                )?,
             };
             let config = overridden(config, context);
             let run = RunDir::create(&config)?;
@@ -63,12 +70,18 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
         }
     };
     let gpu = context.gpu()?;
-    context.say(format_args!("run {} on {}", run.root().display(), gpu.tier()));
+    context.say(format_args!(
+        "run {} on {}",
+        run.root().display(),
+        gpu.tier()
+    ));
     let drawn = config.data.path == Path::new(EMBEDDED);
     let config = with_files(config, &run, context)?;
     let mut training = Training::new(gpu, &config)?;
     let test: Vec<Scene> = match drawn {
-        true => SceneSet::new(SCENES_SEED, Split::HeldOut, TEST_SCENES).iter().collect(),
+        true => SceneSet::new(SCENES_SEED, Split::HeldOut, TEST_SCENES)
+            .iter()
+            .collect(),
         false => Vec::new(),
     };
     // Before the weights of a checkpoint are put back, a resumed run stands where it once began.
@@ -90,7 +103,8 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
     for ((&index, before), after) in pictures.iter().zip(&maps_before).zip(&maps_after) {
         draw(&run, &training, index, before, after)?;
     }
-    if let (Some(before), Some(after)) = (before, measure(gpu, &training, &test, "after", context)?) {
+    if let (Some(before), Some(after)) = (before, measure(gpu, &training, &test, "after", context)?)
+    {
         table(context, before, after)?;
     }
     context.print(format_args!(
@@ -116,9 +130,10 @@ fn with_files(mut config: Config, run: &RunDir, context: &Context) -> Result<Con
         config.model.path = embedded::unpack("student", &models)?;
     }
     let mut captions = config.data.path.clone();
-    if config.data.path == Path::new(EMBEDDED) {
+    let drawn = config.data.path == Path::new(EMBEDDED);
+    if drawn {
         let scenes = SceneSet::new(SCENES_SEED, Split::Train, TRAIN_SCENES);
-        (captions, config.data.path) = drawn::write(&run.root().join("data"), scenes, QUESTIONS)?;
+        (captions, config.data.path) = scenes_on_disk(&run.root().join("data"), scenes, QUESTIONS)?;
     }
     if let (None, Some(diffusion)) = (&config.data.targets, &config.data.diffusion) {
         let diffusion = match diffusion == Path::new(EMBEDDED) {
@@ -126,8 +141,12 @@ fn with_files(mut config: Config, run: &RunDir, context: &Context) -> Result<Con
             false => diffusion.clone(),
         };
         let out = run.root().join("targets");
-        let images = config.data.images.clone();
-        targets::make(&diffusion, &captions, images, &out, config.words.case, context)?;
+        let args = targets::Args {
+            steps: drawn.then_some(TEACHER_STEPS),
+            ..targets::Args::new(diffusion, captions, config.data.images.clone(), out.clone())
+                .with_case(config.words.case)
+        };
+        targets::run(&args, context)?;
         config.data.targets = Some(out);
     }
     Ok(config)
@@ -189,17 +208,34 @@ fn measure(
 }
 
 fn table(context: &Context, before: Figures, after: Figures) -> Result<()> {
-    context.print(format_args!("{TEST_SCENES} held-out scenes      before    after"))?;
+    context.print(format_args!(
+        "{TEST_SCENES} held-out scenes      before    after"
+    ))?;
     let rows = [
-        ("answer loss (nats/token)", before.answer_loss, after.answer_loss),
-        ("answer accuracy", before.answer_accuracy, after.answer_accuracy),
-        ("attention entropy (nats)", before.attention_entropy, after.attention_entropy),
+        (
+            "answer loss (nats/token)",
+            before.answer_loss,
+            after.answer_loss,
+        ),
+        (
+            "answer accuracy",
+            before.answer_accuracy,
+            after.answer_accuracy,
+        ),
+        (
+            "attention entropy (nats)",
+            before.attention_entropy,
+            after.attention_entropy,
+        ),
         ("pointing game", before.pointing, after.pointing),
     ];
     for (name, before, after) in rows {
         context.print(format_args!("{name:24} {before:9.3} {after:8.3}"))?;
     }
-    context.print(format_args!("{:24} {:9.3}", "pointing by chance", before.chance))
+    context.print(format_args!(
+        "{:24} {:9.3}",
+        "pointing by chance", before.chance
+    ))
 }
 
 /// Progress of a run, and Ctrl-C.

@@ -26,9 +26,19 @@ pub fn write(dir: &Path, scenes: SceneSet, questions: usize) -> Result<(PathBuf,
     for (i, scene) in scenes.iter().enumerate() {
         let image = format!("{i:04}.png");
         write_png(&dir.join(&image), &scene)?;
-        described.push(sample(&format!("scene-{i:04}"), &image, CAPTION_PROMPT, &scene.caption));
+        described.push(sample(
+            &format!("scene-{i:04}"),
+            &image,
+            CAPTION_PROMPT,
+            &scene.caption,
+        ));
         for (q, (question, answer)) in scene.questions.iter().take(questions).enumerate() {
-            asked.push(sample(&format!("scene-{i:04}-q{q}"), &image, question, answer));
+            asked.push(sample(
+                &format!("scene-{i:04}-q{q}"),
+                &image,
+                question,
+                answer,
+            ));
         }
     }
     write_json(&captions, &described)?;

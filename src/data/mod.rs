@@ -3,7 +3,7 @@
 pub mod conversations;
 pub mod drawn;
 pub mod picture;
-pub mod scenes;
 mod sample;
+pub mod scenes;
 
 pub use sample::{DataSet, ImageRef, Part, Role, Sample, Turn};

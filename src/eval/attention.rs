@@ -21,7 +21,9 @@ pub fn points_inside(map: &[f32], region: &[bool]) -> bool {
     let best = map
         .iter()
         .enumerate()
-        .fold((0, f32::NEG_INFINITY), |best, (i, &v)| if v > best.1 { (i, v) } else { best });
+        .fold((0, f32::NEG_INFINITY), |best, (i, &v)| {
+            if v > best.1 { (i, v) } else { best }
+        });
     region.get(best.0).copied().unwrap_or(false)
 }
 
@@ -65,7 +67,10 @@ mod tests {
 
     #[test]
     fn iou_uses_the_best_threshold_and_no_part_of_a_tie() {
-        assert_eq!(best_iou(&[0.9, 0.8, 0.1, 0.0], &[true, true, false, false]), 1.0);
+        assert_eq!(
+            best_iou(&[0.9, 0.8, 0.1, 0.0], &[true, true, false, false]),
+            1.0
+        );
         assert_eq!(best_iou(&[0.5; 4], &[true, false, false, false]), 0.25);
     }
 }

@@ -16,7 +16,6 @@ use crate::train::batch::{Batch, Example, answer_words};
 use crate::vlm::processor::template::Message;
 use crate::vlm::{Prepared, Student, Taps};
 
-
 /// Scenes in one forward.
 const BATCH: usize = 8;
 

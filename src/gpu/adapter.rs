@@ -56,7 +56,10 @@ impl fmt::Display for Tier {
             yes(self.cpu, "cpu"),
             yes(self.f16, "f16"),
             if self.subgroup {
-                format!(" subgroup {}..{}", self.subgroup_size.0, self.subgroup_size.1)
+                format!(
+                    " subgroup {}..{}",
+                    self.subgroup_size.0, self.subgroup_size.1
+                )
             } else {
                 String::new()
             },
@@ -171,7 +174,10 @@ fn choose(adapters: Vec<wgpu::Adapter>, wanted: Option<&str>) -> Result<wgpu::Ad
     let index = chosen.ok_or_else(|| {
         Error::NoAdapter(match wanted {
             Some(text) => format!("no adapter `{text}`; this machine has {}", listing()),
-            None => format!("none of this machine's adapters can run compute shaders: {}", listing()),
+            None => format!(
+                "none of this machine's adapters can run compute shaders: {}",
+                listing()
+            ),
         })
     })?;
     adapters

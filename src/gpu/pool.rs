@@ -142,7 +142,9 @@ impl Gpu {
         if class > inner.tier.max_buffer || inner.pool.max_bytes.is_some_and(over) {
             return None;
         }
-        let scope = inner.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+        let scope = inner
+            .device
+            .push_error_scope(wgpu::ErrorFilter::OutOfMemory);
         let raw = self.create_raw(class);
         pollster::block_on(scope.pop()).is_none().then_some(raw)
     }

@@ -70,7 +70,11 @@ impl Profiler {
             });
             (set, resolved)
         });
-        let defs: String = kernel.defs.iter().map(|(n, v)| format!(" {n}={v}")).collect();
+        let defs: String = kernel
+            .defs
+            .iter()
+            .map(|(n, v)| format!(" {n}={v}"))
+            .collect();
         self.labels.push(kernel.label() + &defs);
         Some(PassWrites {
             set: set.clone(),
@@ -84,7 +88,9 @@ impl Profiler {
 
     /// Records the copy of this submission's timestamps.
     pub fn resolve(&mut self, encoder: &mut wgpu::CommandEncoder) {
-        let (Some((set, resolved)), Some(device)) = (&self.set, &self.device) else { return };
+        let (Some((set, resolved)), Some(device)) = (&self.set, &self.device) else {
+            return;
+        };
         if self.labels.is_empty() {
             return;
         }
@@ -104,14 +110,18 @@ impl Profiler {
     /// Sums per kernel since the last call; the caller has waited for the device.
     pub fn take(&mut self, nanos_per_tick: f32) -> Vec<OpTime> {
         let period = f64::from(nanos_per_tick) * 1e-6;
-        let Some(device) = &self.device else { return Vec::new() };
+        let Some(device) = &self.device else {
+            return Vec::new();
+        };
         let mut sums: HashMap<String, (u64, f64)> = HashMap::new();
         for (staging, labels) in self.pending.drain(..) {
             staging.map_async(wgpu::MapMode::Read, .., |_| {});
             if device.poll(wgpu::PollType::wait_indefinitely()).is_err() {
                 continue;
             }
-            let Ok(view) = staging.get_mapped_range(..) else { continue };
+            let Ok(view) = staging.get_mapped_range(..) else {
+                continue;
+            };
             let ticks: Vec<u64> = bytemuck::pod_collect_to_vec(&view[..]);
             for (label, pair) in labels.iter().zip(ticks.chunks_exact(2)) {
                 let entry = sums.entry(label.clone()).or_default();

@@ -137,20 +137,24 @@ fn cache_dir() -> Option<PathBuf> {
 
 impl Shaders {
     pub fn new(device: &wgpu::Device, tier: &Tier, checked: bool) -> Shaders {
-        let cache = tier.cache_key.as_ref().filter(|_| tier.pipeline_cache).and_then(|key| {
-            let path = cache_dir()?.join(key);
-            let data = std::fs::read(&path).ok();
-            // SAFETY: the file was written by `save_cache` from this API's own data; the driver
-            // validates its header, and `fallback` discards what it does not accept.
-            let cache = unsafe {
-                device.create_pipeline_cache(&wgpu::PipelineCacheDescriptor {
-                    label: None,
-                    data: data.as_deref(),
-                    fallback: true,
-                })
-            };
-            Some((cache, path))
-        });
+        let cache = tier
+            .cache_key
+            .as_ref()
+            .filter(|_| tier.pipeline_cache)
+            .and_then(|key| {
+                let path = cache_dir()?.join(key);
+                let data = std::fs::read(&path).ok();
+                // SAFETY: the file was written by `save_cache` from this API's own data; the driver
+                // validates its header, and `fallback` discards what it does not accept.
+                let cache = unsafe {
+                    device.create_pipeline_cache(&wgpu::PipelineCacheDescriptor {
+                        label: None,
+                        data: data.as_deref(),
+                        fallback: true,
+                    })
+                };
+                Some((cache, path))
+            });
         Shaders {
             checked,
             library: Mutex::new(None),
@@ -162,8 +166,12 @@ impl Shaders {
 
     /// Writes the driver's pipeline cache for the next start; failing to is no error.
     pub fn save_cache(&self) {
-        let Some((cache, path)) = &self.cache else { return };
-        let (Some(data), Some(dir)) = (cache.get_data(), path.parent()) else { return };
+        let Some((cache, path)) = &self.cache else {
+            return;
+        };
+        let (Some(data), Some(dir)) = (cache.get_data(), path.parent()) else {
+            return;
+        };
         let temporary = path.with_extension("tmp");
         let written = std::fs::create_dir_all(dir)
             .and_then(|()| std::fs::write(&temporary, data))
@@ -229,7 +237,10 @@ impl Gpu {
         } else {
             // SAFETY: every kernel bounds its own indices; the tests run the same kernels checked.
             unsafe {
-                device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked())
+                device.create_shader_module_trusted(
+                    descriptor,
+                    wgpu::ShaderRuntimeChecks::unchecked(),
+                )
             }
         };
         let raw = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
@@ -244,7 +255,10 @@ impl Gpu {
             cache: inner.shaders.cache.as_ref().map(|(cache, _)| cache),
         });
         if let Some(error) = pollster::block_on(scope.pop()) {
-            return Err(Error::Gpu(format!("kernel {label} {:?}: {error}", kernel.defs)));
+            return Err(Error::Gpu(format!(
+                "kernel {label} {:?}: {error}",
+                kernel.defs
+            )));
         }
         static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
         Ok(Pipeline {
@@ -300,7 +314,11 @@ fn reflect(module: &naga::Module) -> (Vec<wgpu::BindGroupLayoutEntry>, u32) {
 }
 
 fn dump(dir: &std::path::Path, kernel: &Kernel, module: &naga::Module) {
-    let defs: String = kernel.defs.iter().map(|(n, v)| format!("-{n}{v}")).collect();
+    let defs: String = kernel
+        .defs
+        .iter()
+        .map(|(n, v)| format!("-{n}{v}"))
+        .collect();
     let path = dir.join(format!("{}{defs}.wgsl", kernel.label()));
     let written = stitched_wgsl(module)
         .and_then(|text| std::fs::write(&path, text).map_err(|e| Error::io(&path, e)));

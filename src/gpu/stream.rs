@@ -1,8 +1,8 @@
 //! The command stream: dispatches recorded into few submissions, each kept short.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use super::{Buffer, Gpu, Kernel, Tier, lock};
@@ -114,7 +114,13 @@ impl Gpu {
             pipeline.id,
             bindings
                 .iter()
-                .map(|b| (b.buffer.raw().clone(), b.offset, b.bytes.next_multiple_of(16).max(16)))
+                .map(|b| {
+                    (
+                        b.buffer.raw().clone(),
+                        b.offset,
+                        b.bytes.next_multiple_of(16).max(16),
+                    )
+                })
                 .collect(),
         );
         let mut stream = lock(&inner.stream);
@@ -190,8 +196,13 @@ impl Gpu {
         let inner = self.inner();
         let mut stream = lock(&inner.stream);
         stream.pass = None;
-        encoder(&mut stream.encoder, &inner.device)
-            .copy_buffer_to_buffer(from, from_offset, to, to_offset, bytes);
+        encoder(&mut stream.encoder, &inner.device).copy_buffer_to_buffer(
+            from,
+            from_offset,
+            to,
+            to_offset,
+            bytes,
+        );
         stream.work += bytes;
     }
 
@@ -222,7 +233,9 @@ impl Gpu {
             match staging.get_mapped_range_mut(..) {
                 Ok(mut view) => view.slice(..chunk.len()).copy_from_slice(chunk),
                 Err(error) => {
-                    self.inner().faults.set(Error::Gpu(format!("upload failed: {error}")));
+                    self.inner()
+                        .faults
+                        .set(Error::Gpu(format!("upload failed: {error}")));
                     return;
                 }
             }
@@ -272,7 +285,11 @@ impl Gpu {
             if alone && work > 1_000_000 {
                 let measured = (work as f64 / millis.max(0.01)) as u64;
                 let old = rate.load(Ordering::Relaxed);
-                let blended = if old == 0 { measured } else { (3 * old + measured) / 4 };
+                let blended = if old == 0 {
+                    measured
+                } else {
+                    (3 * old + measured) / 4
+                };
                 rate.store(blended.max(1), Ordering::Relaxed);
             }
         });

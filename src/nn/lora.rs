@@ -10,8 +10,8 @@ use super::loader::{Init, Loader};
 use super::parameters::{Kind, Parameters};
 use crate::autograd::Var;
 use crate::error::{Error, Result};
-use crate::ops::dropout::dropout;
 use crate::files::write_bytes;
+use crate::ops::dropout::dropout;
 use crate::tensor::{Checkpoint, HostTensor, save_safetensors};
 
 /// Low-rank adaptation of linear layers (Hu et al., 2021).
@@ -31,7 +31,10 @@ impl LoraConfig {
     /// Whether PEFT would adapt the module at `path`.
     pub fn matches(&self, path: &str) -> bool {
         self.target_modules.iter().any(|name| {
-            path == name || path.strip_suffix(name.as_str()).is_some_and(|p| p.ends_with('.'))
+            path == name
+                || path
+                    .strip_suffix(name.as_str())
+                    .is_some_and(|p| p.ends_with('.'))
         })
     }
 }
@@ -80,15 +83,20 @@ impl Lora {
             Some(seed) if self.dropout > 0.0 => dropped(x, self.dropout, seed ^ self.site),
             _ => x.clone(),
         };
-        x.linear(&self.a, None).linear(&self.b, None).scale(self.scale)
+        x.linear(&self.a, None)
+            .linear(&self.b, None)
+            .scale(self.scale)
     }
 }
 
 /// Dropout whose mask depends on the seed alone, so that recomputation sees the same one.
 fn dropped(x: &Var, p: f32, seed: u64) -> Var {
-    Var::from_op("dropout", dropout(x.value(), p, seed), &[x], move |dy, _| {
-        vec![Some(dropout(dy, p, seed))]
-    })
+    Var::from_op(
+        "dropout",
+        dropout(x.value(), p, seed),
+        &[x],
+        move |dy, _| vec![Some(dropout(dy, p, seed))],
+    )
 }
 
 /// FNV-1a, to give every layer a dropout stream of its own.
@@ -155,7 +163,10 @@ pub fn lora_config(dir: &Path) -> Result<LoraConfig> {
     let json: serde_json::Value =
         serde_json::from_str(&text).map_err(|e| Error::file(&path, format!("not JSON: {e}")))?;
     let bad = |field: &str, wanted: &str| {
-        Error::file(&path, format!("field `{field}`: {} found, {wanted} expected", json[field]))
+        Error::file(
+            &path,
+            format!("field `{field}`: {} found, {wanted} expected", json[field]),
+        )
     };
     if json["peft_type"] != "LORA" {
         return Err(bad("peft_type", "\"LORA\""));
@@ -169,9 +180,14 @@ pub fn lora_config(dir: &Path) -> Result<LoraConfig> {
     let modules = modules.ok_or_else(|| bad("target_modules", "a list of names"))?;
     Ok(LoraConfig {
         r: json["r"].as_u64().ok_or_else(|| bad("r", "an integer"))? as usize,
-        alpha: json["lora_alpha"].as_f64().ok_or_else(|| bad("lora_alpha", "a number"))? as f32,
+        alpha: json["lora_alpha"]
+            .as_f64()
+            .ok_or_else(|| bad("lora_alpha", "a number"))? as f32,
         dropout: json["lora_dropout"].as_f64().unwrap_or(0.0) as f32,
-        target_modules: modules.iter().filter_map(|m| m.as_str().map(String::from)).collect(),
+        target_modules: modules
+            .iter()
+            .filter_map(|m| m.as_str().map(String::from))
+            .collect(),
     })
 }
 

@@ -69,7 +69,9 @@ struct Params {
 }
 
 fn kernel(backward: bool, f16: bool) -> Kernel {
-    Kernel::new("unary").flag("BACKWARD", backward).flag("F16", f16)
+    Kernel::new("unary")
+        .flag("BACKWARD", backward)
+        .flag("F16", f16)
 }
 
 fn params(x: &Tensor, function: Unary) -> Params {

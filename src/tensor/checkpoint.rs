@@ -45,7 +45,10 @@ impl Checkpoint {
         if !path.is_dir() {
             return Err(Error::file(path, "no such file or directory"));
         }
-        for name in [format!("{stem}.safetensors"), format!("{stem}.fp16.safetensors")] {
+        for name in [
+            format!("{stem}.safetensors"),
+            format!("{stem}.fp16.safetensors"),
+        ] {
             let file = path.join(name);
             if file.is_file() {
                 return Checkpoint::from_shards(path, &[file]);
@@ -115,7 +118,9 @@ impl Checkpoint {
             let near = self
                 .names()
                 .max_by(|a, b| strsim::jaro(a, name).total_cmp(&strsim::jaro(b, name)));
-            let hint = near.map(|n| format!(" (nearest: `{n}`)")).unwrap_or_default();
+            let hint = near
+                .map(|n| format!(" (nearest: `{n}`)"))
+                .unwrap_or_default();
             Error::tensor(self.path(), name, format!("missing{hint}"))
         })?;
         if shape.is_some_and(|shape| shape != entry.shape) {
@@ -203,7 +208,10 @@ impl Checkpoint {
             let message = format!("dtype {:?} found, U32 expected", entry.dtype);
             return Err(Error::tensor(self.path(), name, message));
         }
-        Ok((bytemuck::pod_collect_to_vec(self.bytes(entry)), entry.shape.clone()))
+        Ok((
+            bytemuck::pod_collect_to_vec(self.bytes(entry)),
+            entry.shape.clone(),
+        ))
     }
 
     /// Bytes of all tensors as stored.
@@ -220,10 +228,15 @@ fn read_header(
 ) -> Result<()> {
     let length = map.first_chunk::<8>().map(|b| u64::from_le_bytes(*b));
     let length = length.ok_or_else(|| {
-        Error::file(file, format!("{} bytes found: too short for safetensors", map.len()))
+        Error::file(
+            file,
+            format!("{} bytes found: too short for safetensors", map.len()),
+        )
     })?;
     if length > MAX_HEADER_BYTES {
-        let message = format!("a header of {length} bytes is declared; at most {MAX_HEADER_BYTES} are accepted");
+        let message = format!(
+            "a header of {length} bytes is declared; at most {MAX_HEADER_BYTES} are accepted"
+        );
         return Err(Error::file(file, message));
     }
     if length + 8 > map.len() as u64 {
@@ -234,7 +247,10 @@ fn read_header(
         return Err(Error::file(file, message));
     }
     let tensors = SafeTensors::deserialize(map).map_err(|e| {
-        Error::file(file, format!("not a whole safetensors file ({e}); download it again"))
+        Error::file(
+            file,
+            format!("not a whole safetensors file ({e}); download it again"),
+        )
     })?;
     let start = map.as_ptr() as usize;
     for (name, view) in tensors.tensors() {
@@ -266,11 +282,16 @@ fn shards_of(index: &Path) -> Result<Vec<PathBuf>> {
         let file = file
             .as_str()
             .filter(|f| !f.contains(['/', '\\']) && *f != "..")
-            .ok_or_else(|| Error::file(index, format!("weight_map.{name}: a file name expected")))?;
+            .ok_or_else(|| {
+                Error::file(index, format!("weight_map.{name}: a file name expected"))
+            })?;
         let file = dir.join(file);
         if !files.contains(&file) {
             if !file.is_file() {
-                return Err(Error::file(&file, format!("missing; {} names it", index.display())));
+                return Err(Error::file(
+                    &file,
+                    format!("missing; {} names it", index.display()),
+                ));
             }
             files.push(file);
         }
@@ -279,7 +300,10 @@ fn shards_of(index: &Path) -> Result<Vec<PathBuf>> {
 }
 
 fn is_pickle(path: &Path) -> bool {
-    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
+    let extension = path
+        .extension()
+        .and_then(|e| e.to_str())
+        .unwrap_or_default();
     ["bin", "ckpt", "pt", "pth"].contains(&extension)
 }
 

@@ -41,7 +41,9 @@ impl DType {
             DType::U32 => words().map(|v| v as f32).collect(),
             DType::I32 => words().map(|v| v as i32 as f32).collect(),
             DType::F16 => halves().map(|v| half::f16::from_bits(v).to_f32()).collect(),
-            DType::Bf16 => halves().map(|v| half::bf16::from_bits(v).to_f32()).collect(),
+            DType::Bf16 => halves()
+                .map(|v| half::bf16::from_bits(v).to_f32())
+                .collect(),
         }
     }
 
@@ -49,8 +51,14 @@ impl DType {
     pub fn narrow(self, values: &[f32]) -> Vec<u8> {
         match self {
             DType::F32 => bytemuck::cast_slice(values).to_vec(),
-            DType::U32 => values.iter().flat_map(|&v| (v as u32).to_le_bytes()).collect(),
-            DType::I32 => values.iter().flat_map(|&v| (v as i32).to_le_bytes()).collect(),
+            DType::U32 => values
+                .iter()
+                .flat_map(|&v| (v as u32).to_le_bytes())
+                .collect(),
+            DType::I32 => values
+                .iter()
+                .flat_map(|&v| (v as i32).to_le_bytes())
+                .collect(),
             DType::F16 => values
                 .iter()
                 .flat_map(|&v| half::f16::from_f32(v).to_le_bytes())

@@ -235,9 +235,7 @@ impl Tensor {
     /// Starts reading the content back; the stream goes on meanwhile.
     pub fn read_later(&self) -> PendingRead {
         PendingRead {
-            read: self
-                .gpu
-                .read_later(&self.buffer, self.offset, self.bytes()),
+            read: self.gpu.read_later(&self.buffer, self.offset, self.bytes()),
             dtype: self.dtype,
         }
     }

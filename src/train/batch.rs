@@ -9,8 +9,8 @@ use crate::autograd::Var;
 use crate::data::{Part, Sample, Turn};
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
-use crate::tensor::Tensor;
 use crate::ops::cross_entropy::IGNORE;
+use crate::tensor::Tensor;
 use crate::vlm::processor::template::{self, Message};
 use crate::vlm::{Grid, Prepared, Student};
 
@@ -86,7 +86,9 @@ impl Example {
         if let Some(found) = found {
             for word in answer_words(&prepared, case) {
                 // A map without any attention says nothing; a word's first token has no predicting row.
-                let map = found.map_of(&word.text).filter(|m| m.iter().any(|&v| v > 0.0));
+                let map = found
+                    .map_of(&word.text)
+                    .filter(|m| m.iter().any(|&v| v > 0.0));
                 let predicted = word.occurrences.iter().flatten().any(|&t| t > 0);
                 if let (Some(map), true) = (map, predicted) {
                     targets.extend_from_slice(map);
@@ -128,7 +130,11 @@ pub struct Batch {
 impl Batch {
     /// Uploads what `examples` need beside their own inputs.
     pub fn new(gpu: &Gpu, examples: &[&Example]) -> Batch {
-        let length = examples.iter().map(|e| e.prepared.ids.len()).max().unwrap_or(0);
+        let length = examples
+            .iter()
+            .map(|e| e.prepared.ids.len())
+            .max()
+            .unwrap_or(0);
         let (mut label_rows, mut labels, mut tap_rows) = (Vec::new(), Vec::new(), Vec::new());
         for (b, example) in examples.iter().enumerate() {
             for (t, &label) in example.prepared.labels.iter().enumerate() {
@@ -139,16 +145,26 @@ impl Batch {
             }
             tap_rows.extend(example.words.rows.iter().map(|&t| (b * length + t) as u32));
         }
-        let widest = examples.iter().map(|e| e.prepared.columns.len()).max().unwrap_or(0);
+        let widest = examples
+            .iter()
+            .map(|e| e.prepared.columns.len())
+            .max()
+            .unwrap_or(0);
         let columns: Vec<u32> = examples
             .iter()
             .flat_map(|e| {
                 let own = &e.prepared.columns;
                 let padding = own.first().copied().unwrap_or(0);
-                own.iter().copied().chain(std::iter::repeat(padding)).take(widest)
+                own.iter()
+                    .copied()
+                    .chain(std::iter::repeat(padding))
+                    .take(widest)
             })
             .collect();
-        let targets: Vec<f32> = examples.iter().flat_map(|e| e.targets.iter().copied()).collect();
+        let targets: Vec<f32> = examples
+            .iter()
+            .flat_map(|e| e.targets.iter().copied())
+            .collect();
         let words = examples.iter().map(|e| e.words.words.len()).sum();
         let some = |any: bool, tensor: &dyn Fn() -> Tensor| any.then(tensor);
         Batch {

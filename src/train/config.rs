@@ -9,9 +9,9 @@ use serde::{Deserialize, Serialize};
 use toml::de::{DeTable, DeValue};
 use toml::{Spanned, Table, Value};
 
-use crate::align::aligner::AlignerKind;
-use crate::align::loss::Aggregate;
-use crate::align::options::{AlignerActivation, AlignerNorm, LambdaSchedule, Layers, WordSource};
+use crate::align::options::{
+    Aggregate, AlignerActivation, AlignerKind, AlignerNorm, LambdaSchedule, Layers, WordSource,
+};
 use crate::align::words::Case;
 use crate::gpu::Tier;
 use crate::tensor::DType;
@@ -516,10 +516,14 @@ impl Config {
             }
         }
         at_least_one("train.epochs", self.train.epochs.unwrap_or(1))?;
-        if self.attention.aggregate != Aggregate::Learned {
+        let channels = !matches!(
+            self.attention.aggregate,
+            Aggregate::MaxMax | Aggregate::MeanMean
+        );
+        if self.aligner.kind == AlignerKind::None && channels {
             return Err((
-                "attention.aggregate",
-                "found `mean-mean`, expected `learned`: mean-mean has nothing to align, it is for looking".into(),
+                "aligner.kind",
+                "found `none`, expected an aligner: only max-max and mean-mean give one map without it".into(),
             ));
         }
         Ok(())

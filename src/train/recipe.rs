@@ -11,8 +11,8 @@ use std::time::Instant;
 
 use super::batch::{Batch, Example};
 use super::checkpoint::{self, Checkpoint};
-use super::events::EventWriter;
 use super::config::Config;
+use super::events::EventWriter;
 use super::metrics::{MetricsLog, StepMetrics};
 use super::optimizer::Optimizer;
 use super::rundir::RunDir;
@@ -24,7 +24,9 @@ use crate::autograd::{Gradients, Var, find_non_finite, no_grad};
 use crate::data::DataSet;
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
-use crate::nn::{LoadOptions, LoraConfig, Parameter, load_lora, lora_config, save_lora, set_dropout_seed};
+use crate::nn::{
+    LoadOptions, LoraConfig, Parameter, load_lora, lora_config, save_lora, set_dropout_seed,
+};
 use crate::ops::adamw::AdamW;
 use crate::tensor::{DType, PendingRead};
 use crate::vlm::{Grid, Student, Taps};
@@ -130,7 +132,11 @@ impl Training {
             None => Aligner::new(gpu, shape, config.train.seed ^ 0xa119)?,
         };
         let available: Vec<usize> = (0..student.hooked_layers()).collect();
-        let layers = config.attention.layers.choose(&available).map_err(Error::Config)?;
+        let layers = config
+            .attention
+            .layers
+            .choose(&available)
+            .map_err(Error::Config)?;
         let data = DataSet::load(&config.data.path, config.data.images.as_deref())?;
         let store = match &config.data.targets {
             Some(path) => Some(TargetStore::open(path)?),
@@ -253,7 +259,12 @@ impl Training {
     fn examples(&self, order: &[usize]) -> Result<Vec<Example>> {
         let prepare = |&i: &usize| {
             let case = self.config.words.case;
-            Example::prepare(&self.data.samples[i], &self.student, self.store.as_ref(), case)
+            Example::prepare(
+                &self.data.samples[i],
+                &self.student,
+                self.store.as_ref(),
+                case,
+            )
         };
         order.iter().map(prepare).collect()
     }
@@ -327,9 +338,14 @@ impl Training {
                 .map(|(e, &grid)| (&e.words, grid))
                 .collect();
             let loss = |taps: &[Var]| {
-                let maps: Vec<Var> =
-                    taps.iter().filter_map(|t| word_maps(gpu, t, &samples)).collect();
-                attention_loss(&aligned(&maps, self.config.attention.aggregate, &self.aligner), targets)
+                let maps: Vec<Var> = taps
+                    .iter()
+                    .filter_map(|t| word_maps(gpu, t, &samples))
+                    .collect();
+                attention_loss(
+                    &aligned(&maps, self.config.attention.aggregate, &self.aligner),
+                    targets,
+                )
             };
             // Logged at λ = 0 too, off the tape.
             match lambda == 0.0 {
@@ -345,7 +361,11 @@ impl Training {
             Some(attention) if lambda != 0.0 => weighted.add(&attention.scale(lambda)),
             _ => weighted,
         };
-        Ok(Losses { lm, attention, total })
+        Ok(Losses {
+            lm,
+            attention,
+            total,
+        })
     }
 
     /// Waits for a step's figures, checks and logs them.
@@ -367,7 +387,8 @@ impl Training {
         metrics.attn_loss = first(done.attn_loss)?;
         metrics.grad_norm = first(done.grad_norm)?;
         let (lambda, language) = self.weights(metrics.step);
-        metrics.loss = f64::from(language) * metrics.lm_loss + f64::from(lambda) * metrics.attn_loss;
+        metrics.loss =
+            f64::from(language) * metrics.lm_loss + f64::from(lambda) * metrics.attn_loss;
         if !(metrics.loss.is_finite() && metrics.grad_norm.is_finite()) {
             return Err(self.not_finite(gpu, &metrics, &done.order));
         }
@@ -415,7 +436,12 @@ impl Training {
     /// Writes `lora/` and `aligner.safetensors` into `dir`.
     fn write_weights(&self, dir: &Path) -> Result<()> {
         let base = self.config.model.path.display().to_string();
-        save_lora(&dir.join("lora"), &self.student.parameters(), &self.lora, &base)?;
+        save_lora(
+            &dir.join("lora"),
+            &self.student.parameters(),
+            &self.lora,
+            &base,
+        )?;
         let aligner = dir.join("aligner.safetensors");
         self.aligner.parameters().save(&aligner, DType::F32)
     }
@@ -437,7 +463,9 @@ impl Training {
             columns: batch.tap_columns.clone(),
         };
         no_grad(|| {
-            let output = self.student.forward(&[&examples[0].prepared], Some(&taps))?;
+            let output = self
+                .student
+                .forward(&[&examples[0].prepared], Some(&taps))?;
             let samples = [(&examples[0].words, batch.grids[0])];
             let maps: Vec<Var> = output
                 .taps

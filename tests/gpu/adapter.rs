@@ -17,7 +17,13 @@ fn every_listed_adapter_opens_by_index_and_by_part_of_its_name() {
     assert_eq!(open("0").expect("by index").tier().name, first.tier.name);
     let part: String = first.tier.name.chars().take(5).collect();
     let found = open(&part.to_uppercase()).expect("by name, any case");
-    assert!(found.tier().name.to_lowercase().contains(&part.to_lowercase()));
+    assert!(
+        found
+            .tier()
+            .name
+            .to_lowercase()
+            .contains(&part.to_lowercase())
+    );
 }
 
 #[test]
@@ -26,7 +32,10 @@ fn an_unknown_adapter_is_refused_with_the_list() {
     for wanted in ["no such adapter", "99"] {
         match open(wanted).map(|_| ()) {
             Err(Error::NoAdapter(message)) => {
-                assert!(message.contains(wanted) && message.contains(&name), "{message}");
+                assert!(
+                    message.contains(wanted) && message.contains(&name),
+                    "{message}"
+                );
             }
             other => panic!("{wanted}: {other:?}"),
         }

@@ -22,7 +22,11 @@ fn running_out_of_memory_is_an_error_at_the_step_boundary() {
     let y = unary(&large, Unary::Relu);
     assert_eq!(y.shape(), [1 << 20]);
     match gpu.check() {
-        Err(Error::OutOfMemory { requested, in_use, limit: Some(bound) }) => {
+        Err(Error::OutOfMemory {
+            requested,
+            in_use,
+            limit: Some(bound),
+        }) => {
             assert!(requested >= 4 << 20, "{requested}");
             assert!((4000..limit).contains(&in_use), "{in_use}");
             assert_eq!(bound, limit);
@@ -32,7 +36,10 @@ fn running_out_of_memory_is_an_error_at_the_step_boundary() {
     drop((large, y));
     // Reported once; what fits works on, and what was there is intact.
     gpu.check().expect("reported already");
-    assert_eq!(unary(&kept, Unary::Square).to_f32().expect("works on"), vec![9.0; 1000]);
+    assert_eq!(
+        unary(&kept, Unary::Square).to_f32().expect("works on"),
+        vec![9.0; 1000]
+    );
 }
 
 #[test]
@@ -51,7 +58,10 @@ fn the_message_says_how_much_and_what_to_do() {
     let gpu = limited(Some(4096));
     Tensor::zeros(&gpu, DType::F32, &[10_000]);
     let message = gpu.check().expect_err("over the limit").to_string();
-    assert!(message.contains("limit 4096 bytes") && message.contains("smaller"), "{message}");
+    assert!(
+        message.contains("limit 4096 bytes") && message.contains("smaller"),
+        "{message}"
+    );
 }
 
 #[test]
@@ -93,7 +103,11 @@ fn a_binding_over_the_limit_is_refused_with_both_sizes() {
     let x = Tensor::empty(&gpu, DType::F32, &[n]);
     unary(&x, Unary::Relu);
     match gpu.check() {
-        Err(Error::BindingTooLarge { op, bytes, limit: found }) => {
+        Err(Error::BindingTooLarge {
+            op,
+            bytes,
+            limit: found,
+        }) => {
             assert_eq!((op.as_str(), bytes, found), ("unary", 4 * n as u64, limit));
         }
         other => panic!("{other:?}"),

@@ -18,28 +18,46 @@ fn current_peak_and_reserved_bytes_follow_the_tensors() {
     let a = Tensor::empty(&gpu, DType::F32, &[1000]);
     let one = gpu.memory();
     assert!((bytes..2 * bytes).contains(&one.current_bytes), "{one:?}");
-    assert_eq!((one.peak_bytes, one.reserved_bytes), (one.current_bytes, one.current_bytes));
+    assert_eq!(
+        (one.peak_bytes, one.reserved_bytes),
+        (one.current_bytes, one.current_bytes)
+    );
     let b = Tensor::empty(&gpu, DType::F32, &[1000]);
     assert_eq!(gpu.memory().current_bytes, 2 * one.current_bytes);
     // Clones and views share the storage.
     let views = (a.clone(), a.reshape(&[10, 100]));
     assert_eq!(gpu.memory().current_bytes, 2 * one.current_bytes);
     drop(a);
-    assert_eq!(gpu.memory().current_bytes, 2 * one.current_bytes, "views keep it");
+    assert_eq!(
+        gpu.memory().current_bytes,
+        2 * one.current_bytes,
+        "views keep it"
+    );
     drop(views);
     let after = gpu.memory();
     assert_eq!(after.current_bytes, one.current_bytes);
     assert_eq!(after.peak_bytes, 2 * one.current_bytes);
-    assert_eq!(after.reserved_bytes, 2 * one.current_bytes, "freed buffers stay in the pool");
+    assert_eq!(
+        after.reserved_bytes,
+        2 * one.current_bytes,
+        "freed buffers stay in the pool"
+    );
     let c = Tensor::empty(&gpu, DType::F32, &[990]);
-    assert_eq!(gpu.memory().reserved_bytes, after.reserved_bytes, "the free one is used again");
+    assert_eq!(
+        gpu.memory().reserved_bytes,
+        after.reserved_bytes,
+        "the free one is used again"
+    );
     gpu.reset_peak();
     assert_eq!(gpu.memory().peak_bytes, 2 * one.current_bytes);
     drop((b, c));
     gpu.reset_peak();
     gpu.trim();
     let end = gpu.memory();
-    assert_eq!((end.current_bytes, end.peak_bytes, end.reserved_bytes), (0, 0, 0));
+    assert_eq!(
+        (end.current_bytes, end.peak_bytes, end.reserved_bytes),
+        (0, 0, 0)
+    );
 }
 
 #[test]
@@ -58,7 +76,11 @@ fn reused_storage_never_shows_through_pending_work() {
         let expected = (2.0 * i as f32 + 1.0).powi(2);
         assert_eq!(y.to_f32().expect("readable"), vec![expected; 64]);
     }
-    assert!(gpu.memory().reserved_bytes < 100 * 512, "{:?}", gpu.memory());
+    assert!(
+        gpu.memory().reserved_bytes < 100 * 512,
+        "{:?}",
+        gpu.memory()
+    );
 }
 
 #[test]
@@ -89,6 +111,10 @@ fn profiling_times_every_op_by_name() {
         return;
     }
     assert_eq!(times.len(), 1, "{times:?}");
-    assert_eq!((times[0].op.as_str(), times[0].count), ("unary", 3), "{times:?}");
+    assert_eq!(
+        (times[0].op.as_str(), times[0].count),
+        ("unary", 3),
+        "{times:?}"
+    );
     assert!(gpu.profile().is_empty(), "taken once");
 }

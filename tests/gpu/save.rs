@@ -19,20 +19,37 @@ fn what_is_saved_is_read_again_with_its_metadata() {
     let dir = TempDir::new().unwrap();
     let path = dir.path().join("maps.safetensors");
     let tensors = [
-        ("maps".to_string(), HostTensor::f32(&[2, 2], &[1.0, 2.0, 3.0, 4.0])),
+        (
+            "maps".to_string(),
+            HostTensor::f32(&[2, 2], &[1.0, 2.0, 3.0, 4.0]),
+        ),
         ("mask".to_string(), HostTensor::u8(&[3], &[0, 1, 255])),
         ("empty".to_string(), HostTensor::f32(&[0], &[])),
     ];
     let metadata = HashMap::from([("words".to_string(), "[\"red\"]".to_string())]);
     save_safetensors(&path, &tensors, Some(metadata)).unwrap();
-    assert_eq!(files(dir.path()), ["maps.safetensors"], "no temporary file stays");
+    assert_eq!(
+        files(dir.path()),
+        ["maps.safetensors"],
+        "no temporary file stays"
+    );
     let checkpoint = Checkpoint::open(&path, "model").unwrap();
     assert_eq!(checkpoint.values("maps").unwrap().0, [1.0, 2.0, 3.0, 4.0]);
-    assert_eq!(checkpoint.shape("mask").map(<[usize]>::to_vec), Some(vec![3]));
+    assert_eq!(
+        checkpoint.shape("mask").map(<[usize]>::to_vec),
+        Some(vec![3])
+    );
     let bytes = std::fs::read(&path).unwrap();
     let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
     assert_eq!(header.metadata().as_ref().unwrap()["words"], "[\"red\"]");
-    assert_eq!(safetensors::SafeTensors::deserialize(&bytes).unwrap().tensor("mask").unwrap().data(), [0, 1, 255]);
+    assert_eq!(
+        safetensors::SafeTensors::deserialize(&bytes)
+            .unwrap()
+            .tensor("mask")
+            .unwrap()
+            .data(),
+        [0, 1, 255]
+    );
 }
 
 #[test]
@@ -40,8 +57,13 @@ fn a_shape_that_does_not_fit_its_values_is_refused() {
     let dir = TempDir::new().unwrap();
     let path = dir.path().join("bad.safetensors");
     let tensors = [("weight".to_string(), HostTensor::f32(&[3], &[1.0, 2.0]))];
-    let message = save_safetensors(&path, &tensors, None).unwrap_err().to_string();
-    assert!(message.contains("`weight`") && message.contains("bad.safetensors"), "{message}");
+    let message = save_safetensors(&path, &tensors, None)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        message.contains("`weight`") && message.contains("bad.safetensors"),
+        "{message}"
+    );
     assert!(files(dir.path()).is_empty());
 }
 
@@ -50,7 +72,9 @@ fn missing_directories_are_made_and_impossible_ones_named() {
     let dir = TempDir::new().unwrap();
     write_bytes(dir.path().join("a/b/file"), b"data").unwrap();
     assert_eq!(std::fs::read(dir.path().join("a/b/file")).unwrap(), b"data");
-    let message = write_bytes(dir.path().join("a/b/file/place"), b"data").unwrap_err().to_string();
+    let message = write_bytes(dir.path().join("a/b/file/place"), b"data")
+        .unwrap_err()
+        .to_string();
     assert!(message.contains("file"), "{message}");
     assert_eq!(files(&dir.path().join("a/b")), ["file"]);
 }
@@ -98,7 +122,11 @@ fn a_write_that_breaks_off_keeps_the_old_file() {
         .output()
         .unwrap();
     let output = String::from_utf8_lossy(&child.stdout);
-    assert!(child.status.success(), "{output}{}", String::from_utf8_lossy(&child.stderr));
+    assert!(
+        child.status.success(),
+        "{output}{}",
+        String::from_utf8_lossy(&child.stderr)
+    );
     assert!(output.contains("1 passed"), "the child ran: {output}");
     assert_eq!(files(dir.path()), ["model.safetensors"]);
     let checkpoint = Checkpoint::open(&path, "model").unwrap();
@@ -108,9 +136,16 @@ fn a_write_that_breaks_off_keeps_the_old_file() {
 #[test]
 #[ignore = "runs as the child of a_write_that_breaks_off_keeps_the_old_file"]
 fn child_with_a_full_disk() {
-    let Some(dir) = std::env::var_os(TARGET) else { return };
+    let Some(dir) = std::env::var_os(TARGET) else {
+        return;
+    };
     let path = Path::new(&dir).join("model.safetensors");
-    let large = [("a".to_string(), HostTensor::f32(&[1 << 20], &vec![0.5; 1 << 20]))];
-    let message = save_safetensors(&path, &large, None).expect_err("no room").to_string();
+    let large = [(
+        "a".to_string(),
+        HostTensor::f32(&[1 << 20], &vec![0.5; 1 << 20]),
+    )];
+    let message = save_safetensors(&path, &large, None)
+        .expect_err("no room")
+        .to_string();
     assert!(message.contains("model.safetensors"), "{message}");
 }

@@ -19,7 +19,11 @@ fn aligned_rows_are_views_and_others_are_copies() {
     assert_eq!(inner.to_f32().unwrap(), ramp(6 * row)[3 * row..4 * row]);
     inner.write_f32(&vec![-1.0; row]);
     assert_eq!(x.to_f32().unwrap()[3 * row..4 * row], vec![-1.0; row]);
-    assert_eq!(x.to_f32().unwrap()[4 * row], 4.0 * row as f32, "the next row is untouched");
+    assert_eq!(
+        x.to_f32().unwrap()[4 * row],
+        4.0 * row as f32,
+        "the next row is untouched"
+    );
 
     let narrow = Tensor::from_f32(gpu(), &ramp(15), &[5, 3]);
     let copy = narrow.narrow(1, 2);
@@ -34,7 +38,10 @@ fn reshape_is_a_view_of_the_same_elements() {
     let x = Tensor::from_f32(gpu(), &ramp(12), &[3, 4]);
     let y = x.reshape(&[2, 1, 6]);
     assert!(y.shares_storage(&x));
-    assert_eq!((y.shape(), y.rank(), y.last_dim()), ([2, 1, 6].as_slice(), 3, 6));
+    assert_eq!(
+        (y.shape(), y.rank(), y.last_dim()),
+        ([2, 1, 6].as_slice(), 3, 6)
+    );
     assert_eq!(y.to_f32().unwrap(), ramp(12));
     let own = x.duplicate();
     assert!(!own.shares_storage(&x));

@@ -1,5 +1,5 @@
-use lavender_wgpu::ops::grad_norm::{clip_scale, grad_norm};
 use lavender_wgpu::ops::adamw::{AdamW, adamw};
+use lavender_wgpu::ops::grad_norm::{clip_scale, grad_norm};
 use lavender_wgpu::tensor::{DType, Tensor};
 
 use crate::support::*;

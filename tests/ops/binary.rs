@@ -77,7 +77,8 @@ fn cases() -> Vec<(Vec<usize>, Vec<usize>)> {
         let mut side = || -> Vec<usize> {
             let skip = rng.random_range(0..rank);
             let keep = out[skip..].iter();
-            keep.map(|&n| if rng.random_range(0..3) == 0 { 1 } else { n }).collect()
+            keep.map(|&n| if rng.random_range(0..3) == 0 { 1 } else { n })
+                .collect()
         };
         cases.push((side(), side()));
     }
@@ -93,17 +94,27 @@ fn values_and_gradients_match_f64_over_broadcast_shapes() {
             let what = format!("{op:?} {sa:?} {sb:?} {dtype:?}");
             // Halves of integers tie now and then; the divisor stays away from 0.
             let coarse = |v: f32| (v * 4.0).round() / 2.0;
-            let va: Vec<f32> = uniform(&mut rng, elements(&sa)).into_iter().map(coarse).collect();
+            let va: Vec<f32> = uniform(&mut rng, elements(&sa))
+                .into_iter()
+                .map(coarse)
+                .collect();
             let vb: Vec<f32> = uniform(&mut rng, elements(&sb))
                 .into_iter()
-                .map(|v| if op == Binary::Div { v.signum() * (v.abs() + 0.5) } else { coarse(v) })
+                .map(|v| {
+                    if op == Binary::Div {
+                        v.signum() * (v.abs() + 0.5)
+                    } else {
+                        coarse(v)
+                    }
+                })
                 .collect();
             let (a, ha) = upload(&va, dtype, &sa);
             let (b, hb) = upload(&vb, dtype, &sb);
             let out = broadcast_shape(&sa, &sb);
             let n = elements(&out);
-            let at: Vec<(usize, usize)> =
-                (0..n).map(|i| (source(&sa, &out, i), source(&sb, &out, i))).collect();
+            let at: Vec<(usize, usize)> = (0..n)
+                .map(|i| (source(&sa, &out, i), source(&sb, &out, i)))
+                .collect();
             let y: Vec<f64> = at.iter().map(|&(i, j)| apply(op, ha[i], hb[j])).collect();
             let actual = binary(&a, &b, op);
             assert_eq!(actual.shape(), out, "{what}");

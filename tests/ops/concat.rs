@@ -17,7 +17,8 @@ fn parts_join_on_any_axis_and_slice_apart() {
             shape[rank - 1] *= unit;
             let parts: Vec<(Tensor, Vec<f64>)> = (0..rng.random_range(1..=4))
                 .map(|_| {
-                    shape[axis] = rng.random_range(1..=5usize) * if axis == rank - 1 { unit } else { 1 };
+                    shape[axis] =
+                        rng.random_range(1..=5usize) * if axis == rank - 1 { unit } else { 1 };
                     upload(&uniform(&mut rng, elements(&shape)), dtype, &shape)
                 })
                 .collect();
@@ -31,7 +32,11 @@ fn parts_join_on_any_axis_and_slice_apart() {
                     expected.extend(held[o * width..][..width].iter().map(|&v| v as f32));
                 }
             }
-            assert_eq!(y.to_f32().unwrap(), expected, "axis {axis} of {shape:?} {dtype:?}");
+            assert_eq!(
+                y.to_f32().unwrap(),
+                expected,
+                "axis {axis} of {shape:?} {dtype:?}"
+            );
             let mut start = 0;
             for (t, _) in &parts {
                 let part = slice(&y, axis, start, t.dim(axis));

@@ -8,15 +8,23 @@ use crate::support::*;
 fn rows_are_gathered_exactly_and_summed_back() {
     let mut rng = rng(71);
     for dtype in float_types() {
-        for (n, width, count) in [(1, 1, 1), (5, 3, 17), (67, 8, 131), (300, 20, 7), (3, 1, 64)] {
+        for (n, width, count) in [
+            (1, 1, 1),
+            (5, 3, 17),
+            (67, 8, 131),
+            (300, 20, 7),
+            (3, 1, 64),
+        ] {
             let (x, held) = upload(&uniform(&mut rng, n * width), dtype, &[n, width]);
             let rows: Vec<u32> = (0..count).map(|_| rng.random_range(0..n as u32)).collect();
             let index = Tensor::from_u32(gpu(), &rows, &[count]);
             let y = gather_rows(&x, &index);
             assert_eq!(y.shape(), [count, width]);
             let at = |r: u32| r as usize * width..(r as usize + 1) * width;
-            let expected: Vec<f32> =
-                rows.iter().flat_map(|&r| held[at(r)].iter().map(|&v| v as f32)).collect();
+            let expected: Vec<f32> = rows
+                .iter()
+                .flat_map(|&r| held[at(r)].iter().map(|&v| v as f32))
+                .collect();
             assert_eq!(y.to_f32().unwrap(), expected, "{n}x{width} rows {count}");
 
             let (dy, hdy) = upload(&uniform(&mut rng, count * width), dtype, &[count, width]);
@@ -29,7 +37,11 @@ fn rows_are_gathered_exactly_and_summed_back() {
             let first = scatter_add_rows(&dy, &index, n);
             assert_close(&format!("scatter {n}x{width} rows {count}"), &first, &dx);
             let again = scatter_add_rows(&dy, &index, n);
-            assert_eq!(first.to_f32().unwrap(), again.to_f32().unwrap(), "same bits each time");
+            assert_eq!(
+                first.to_f32().unwrap(),
+                again.to_f32().unwrap(),
+                "same bits each time"
+            );
         }
     }
 }

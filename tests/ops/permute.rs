@@ -41,8 +41,10 @@ fn any_order_moves_elements_exactly_and_back() {
         for (shape, order) in &cases {
             let (x, held) = upload(&uniform(&mut rng, elements(shape)), dtype, shape);
             let y = permute(&x, order);
-            let expected: Vec<f32> =
-                reference(&held, shape, order).iter().map(|&v| v as f32).collect();
+            let expected: Vec<f32> = reference(&held, shape, order)
+                .iter()
+                .map(|&v| v as f32)
+                .collect();
             assert_eq!(y.to_f32().unwrap(), expected, "{shape:?} by {order:?}");
             let back = permute(&y, &inverse_order(order));
             assert_eq!(back.to_f32().unwrap(), x.to_f32().unwrap());

@@ -93,7 +93,11 @@ fn values_and_gradients_match_f64_over_axes() {
                 }
                 assert_close(&what, &reduce_as(&x, &axes, op, false, DType::F32), &y);
 
-                let (dy, hdy) = upload(&uniform(&mut rng, n), dtype, &reduced_shape(&shape, &axes, true));
+                let (dy, hdy) = upload(
+                    &uniform(&mut rng, n),
+                    dtype,
+                    &reduced_shape(&shape, &axes, true),
+                );
                 let count = (held.len() / n) as f64;
                 let dx: Vec<f64> = (0..held.len())
                     .map(|i| match op {
@@ -103,7 +107,11 @@ fn values_and_gradients_match_f64_over_axes() {
                         _ => 0.0,
                     })
                     .collect();
-                assert_close(&format!("{what} backward"), &reduce_backward(&x, &dy, &axes, op), &dx);
+                assert_close(
+                    &format!("{what} backward"),
+                    &reduce_backward(&x, &dy, &axes, op),
+                    &dx,
+                );
             }
         }
     }
@@ -115,7 +123,10 @@ fn first_extremum_is_found() {
     let (x, _) = upload(&values, DType::F32, &[2, 3]);
     assert_eq!(arg_extremum(&x, 1, Reduce::Max).to_u32().unwrap(), [1, 0]);
     assert_eq!(arg_extremum(&x, 1, Reduce::Min).to_u32().unwrap(), [2, 1]);
-    assert_eq!(arg_extremum(&x, 0, Reduce::Max).to_u32().unwrap(), [1, 0, 1]);
+    assert_eq!(
+        arg_extremum(&x, 0, Reduce::Max).to_u32().unwrap(),
+        [1, 0, 1]
+    );
     let flat = x.reshape(&[6]);
     assert_eq!(arg_extremum(&flat, 0, Reduce::Max).to_u32().unwrap(), [1]);
 }
@@ -138,7 +149,10 @@ fn sum_to_undoes_broadcasting() {
                 .collect();
             let (y, _) = reference(&held, &targets(&shape, &axes), elements(&to), Reduce::Sum);
             let actual = sum_to(&x, &to, DType::F32);
-            assert_eq!((actual.shape(), actual.dtype()), (to.as_slice(), DType::F32));
+            assert_eq!(
+                (actual.shape(), actual.dtype()),
+                (to.as_slice(), DType::F32)
+            );
             assert_close(&format!("{shape:?} to {to:?}"), &actual, &y);
         }
     }

@@ -24,12 +24,22 @@ fn rows_are_replaced_and_gradients_split() {
                 .collect();
             let y = replace_rows(&x, &index, &source);
             assert_eq!(y.to_f32().unwrap(), expected, "{n}x{width} rows {count}");
-            assert_eq!(x.to_f32().unwrap()[0], hx[0] as f32, "the input stays as it was");
+            assert_eq!(
+                x.to_f32().unwrap()[0],
+                hx[0] as f32,
+                "the input stays as it was"
+            );
 
             let (dy, hdy) = upload(&uniform(&mut rng, n * width), dtype, &[n, width]);
             let (dx, ds) = replace_rows_backward(&dy, &index);
             let expected: Vec<f32> = (0..n * width)
-                .map(|i| if place(i).is_some() { 0.0 } else { hdy[i] as f32 })
+                .map(|i| {
+                    if place(i).is_some() {
+                        0.0
+                    } else {
+                        hdy[i] as f32
+                    }
+                })
                 .collect();
             assert_eq!(dx.to_f32().unwrap(), expected);
             let expected: Vec<f32> = rows

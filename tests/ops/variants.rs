@@ -12,7 +12,9 @@ fn every_variant_translates_to_every_backend() {
     assert!(!variants.is_empty());
     for kernel in variants {
         let name = format!("{} {:?}", kernel.label(), kernel.defs);
-        let module = library.compose(&kernel).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let module = library
+            .compose(&kernel)
+            .unwrap_or_else(|e| panic!("{name}: {e}"));
         let info = Validator::new(ValidationFlags::all(), Capabilities::all())
             .validate(&module)
             .unwrap_or_else(|e| panic!("{name}: {e:?}"));

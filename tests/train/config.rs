@@ -1,6 +1,6 @@
 //! Configuration files and `--set`.
 
-use lavender_wgpu::align::options::{LambdaSchedule, Layers};
+use lavender_wgpu::align::options::{Aggregate, LambdaSchedule, Layers};
 use lavender_wgpu::train::config::{Config, KEYS, Precision};
 
 fn parse(text: &str, sets: &[&str]) -> Result<Config, String> {
@@ -40,13 +40,13 @@ fn every_key_is_known_and_survives_writing() {
         source = "labels"
         case = "keep"
         [attention]
-        aggregate = "learned"
+        aggregate = "max-max"
         layers = [3, 5]
         [aligner]
-        kind = "conv"
+        kind = "light"
         hidden = 7
-        norm = "instance"
-        activation = "relu6"
+        norm = "none"
+        activation = "leaky-relu"
         [loss]
         lambda = 2.5
         schedule = "exponential"
@@ -78,6 +78,7 @@ fn every_key_is_known_and_survives_writing() {
     "#;
     let config = parse(text, &[]).unwrap();
     assert_eq!(config.attention.layers, Layers::List(vec![3, 5]));
+    assert_eq!(config.attention.aggregate, Aggregate::MaxMax);
     assert_eq!(config.train.precision, Precision::F16);
     let written = config.to_toml().unwrap();
     assert_eq!(parse(&written, &[]).unwrap(), config);
@@ -200,10 +201,7 @@ fn bad_sets_are_refused_by_the_argument() {
         ("train=3", &["unknown key `train`"]),
         ("train.batch=many", &["many"]),
         ("lora.dropout=1.5", &["`lora.dropout`", "1.5", "below 1"]),
-        (
-            "attention.aggregate=mean-mean",
-            &["`attention.aggregate`", "learned"],
-        ),
+        ("aligner.kind=none", &["`aligner.kind`", "mean-mean"]),
     ];
     for (set, wanted) in cases {
         let error = parse("", &[set]).expect_err(set);

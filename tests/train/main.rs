@@ -1,7 +1,11 @@
 //! Tests of training, and of what a run writes.
 
+#[path = "../support/mod.rs"]
+mod support;
+
 mod checkpoint;
 mod config;
 mod events;
 mod metrics;
 mod rundir;
+mod ten_steps;
