@@ -1,0 +1,9 @@
+//! Gradients: every function against PyTorch and finite differences, the tape, checkpointing.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod checkpoint;
+mod differences;
+mod pytorch;
+mod tape;
