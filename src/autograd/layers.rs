@@ -204,10 +204,15 @@ impl Var {
 }
 
 /// Gradient of the right operand: aᵀ·dy, or dyᵀ·a where it was transposed; batches that shared an
-/// unbatched operand are summed.
+/// unbatched operand are summed. In the operand's dtype: trainable weights get f32.
 fn grad_right(a: &Tensor, dy: &Tensor, b: &Tensor, trans_b: bool) -> Tensor {
+    let output = match b.dtype() {
+        DType::F16 => DType::F16,
+        _ => DType::F32,
+    };
     let options = MatmulOptions {
         trans_a: true,
+        output: Some(output),
         ..Default::default()
     };
     let flat = |t: &Tensor| t.reshape(&[t.elements() / t.last_dim(), t.last_dim()]);

@@ -27,13 +27,20 @@ impl Block {
         let hidden = x.rms_norm(&self.gain, 1e-5).linear(&self.weight, None);
         let probs = hidden.matmul_t(x).softmax();
         let rows = Tensor::from_u32(x.value().gpu(), &[1, 4, 2], &[3]);
-        (probs.matmul(&hidden).silu().add(x), probs.gather_rows(&rows))
+        (
+            probs.matmul(&hidden).silu().add(x),
+            probs.gather_rows(&rows),
+        )
     }
 }
 
 fn bits(grads: &Gradients, leaf: &Var) -> Vec<u32> {
     let grad = grads.get(leaf).expect("a gradient");
-    grad.to_f32().expect("readable").iter().map(|v| v.to_bits()).collect()
+    grad.to_f32()
+        .expect("readable")
+        .iter()
+        .map(|v| v.to_bits())
+        .collect()
 }
 
 /// Runs three blocks; returns loss and gradients of the input and of each block's weights, as bits.
@@ -42,8 +49,16 @@ fn run(checkpointed: bool, input_needs_grad: bool) -> Vec<Vec<u32>> {
     let blocks: Vec<Block> = (0..3).map(|i| Block::new(gpu(), 100 + i, width)).collect();
     let mut rng = rng(99);
     let x = Tensor::from_f32(gpu(), &uniform(&mut rng, tokens * width), &[tokens, width]);
-    let x = if input_needs_grad { Var::parameter(x) } else { Var::constant(x) };
-    let target = Var::constant(Tensor::from_f32(gpu(), &uniform(&mut rng, 3 * tokens), &[3, tokens]));
+    let x = if input_needs_grad {
+        Var::parameter(x)
+    } else {
+        Var::constant(x)
+    };
+    let target = Var::constant(Tensor::from_f32(
+        gpu(),
+        &uniform(&mut rng, 3 * tokens),
+        &[3, tokens],
+    ));
     let mut hidden = x.clone();
     let mut loss: Option<Var> = None;
     for block in &blocks {
@@ -97,7 +112,11 @@ fn a_tap_alone_reaches_the_leaves() {
             let (h, tap) = inner.forward(&inputs[0]);
             vec![h, tap]
         };
-        let outputs = if checkpointed { checkpoint(&[x], f) } else { f(&[x]) };
+        let outputs = if checkpointed {
+            checkpoint(&[x], f)
+        } else {
+            f(&[x])
+        };
         let grads = outputs[1].square().sum_all().backward();
         bits(&grads, &block.weight)
     };
@@ -116,12 +135,24 @@ fn checkpoints_nest() {
             let b = b.clone();
             let h = a.forward(&inputs[0]).0;
             let f = move |inputs: &[Var]| vec![b.forward(&inputs[0]).0];
-            if checkpointed { checkpoint(&[h], f) } else { f(&[h]) }
+            if checkpointed {
+                checkpoint(&[h], f)
+            } else {
+                f(&[h])
+            }
         };
         let inputs = std::slice::from_ref(&x);
-        let y = if checkpointed { checkpoint(inputs, both) } else { both(inputs) };
+        let y = if checkpointed {
+            checkpoint(inputs, both)
+        } else {
+            both(inputs)
+        };
         let grads = y[0].square().sum_all().backward();
-        [bits(&grads, &x), bits(&grads, &first.weight), bits(&grads, &second.gain)]
+        [
+            bits(&grads, &x),
+            bits(&grads, &first.weight),
+            bits(&grads, &second.gain),
+        ]
     };
     assert_eq!(gradient(false), gradient(true));
 }
@@ -140,11 +171,18 @@ fn less_is_kept_between_forward_and_backward() {
             vec![y]
         };
         let inputs = std::slice::from_ref(&x);
-        let y = if checkpointed { checkpoint(inputs, f) } else { f(inputs) };
+        let y = if checkpointed {
+            checkpoint(inputs, f)
+        } else {
+            f(inputs)
+        };
         let held = gpu.memory().current_bytes - before;
         drop(y);
         held
     };
     let (plain, checkpointed) = (held(false), held(true));
-    assert!(4 * checkpointed < plain, "{checkpointed} bytes against {plain}");
+    assert!(
+        4 * checkpointed < plain,
+        "{checkpointed} bytes against {plain}"
+    );
 }

@@ -3,6 +3,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod attention;
 mod checkpoint;
 mod differences;
 mod pytorch;

@@ -11,14 +11,14 @@ use serde_json::Value;
 
 use crate::support::*;
 
-struct Fixture {
+pub struct Fixture {
     tensors: Checkpoint,
-    options: Value,
-    ran: BTreeSet<String>,
+    pub options: Value,
+    pub ran: BTreeSet<String>,
 }
 
 impl Fixture {
-    fn open() -> Fixture {
+    pub fn open() -> Fixture {
         let dir = reference("autograd");
         let text = std::fs::read_to_string(dir.join("ops.json")).expect("ops.json");
         Fixture {
@@ -38,7 +38,7 @@ impl Fixture {
         values.into_iter().map(f64::from).collect()
     }
 
-    fn option(&self, case: &str, name: &str) -> &Value {
+    pub fn option(&self, case: &str, name: &str) -> &Value {
         &self.options[case][name]
     }
 
@@ -46,6 +46,16 @@ impl Fixture {
     ///
     /// Each leaf is half the input and doubled on the tape, so that the function stands mid-graph.
     fn run(&mut self, case: &str, names: &[&str], f: impl Fn(&[Var]) -> Var) {
+        self.run_all(case, names, |inputs| vec![("out", "w", f(inputs))]);
+    }
+
+    /// [`Fixture::run`] with several outputs, each with its name and its weights' in the fixture.
+    pub fn run_all(
+        &mut self,
+        case: &str,
+        names: &[&str],
+        f: impl Fn(&[Var]) -> Vec<(&'static str, &'static str, Var)>,
+    ) {
         let leaves: Vec<Var> = names
             .iter()
             .map(|n| {
@@ -55,29 +65,44 @@ impl Fixture {
             })
             .collect();
         let inputs: Vec<Var> = leaves.iter().map(|leaf| leaf.scale(2.0)).collect();
-        let out = f(&inputs);
-        let shape = self.tensors.shape(&format!("{case}.out")).expect("out");
-        assert_eq!(out.shape(), shape, "{case}: shape");
-        assert_close(&format!("{case} value"), out.value(), &self.values(&format!("{case}.out")));
-        let loss = out.mul(&Var::constant(self.tensor(&format!("{case}.w")))).sum_all();
-        let grads = loss.backward();
+        let mut losses: Vec<Var> = Vec::new();
+        for (name, weights, out) in f(&inputs) {
+            let name = format!("{case}.{name}");
+            assert_eq!(
+                Some(out.shape()),
+                self.tensors.shape(&name),
+                "{name}: shape"
+            );
+            assert_close(&name, out.value(), &self.values(&name));
+            let weights = Var::constant(self.tensor(&format!("{case}.{weights}")));
+            losses.push(out.mul(&weights).sum_all());
+        }
+        let grads = Var::concat(&losses, 0).sum_all().backward();
         for (name, leaf) in names.iter().zip(&leaves) {
             let expected: Vec<f64> = self
                 .values(&format!("{case}.grad.{name}"))
                 .iter()
                 .map(|g| 2.0 * g)
                 .collect();
-            let grad = grads.get(leaf).unwrap_or_else(|| panic!("{case}: no gradient of {name}"));
-            assert_eq!(grad.shape(), leaf.shape(), "{case}: shape of the gradient of {name}");
+            let grad = grads
+                .get(leaf)
+                .unwrap_or_else(|| panic!("{case}: no gradient of {name}"));
+            assert_eq!(
+                grad.shape(),
+                leaf.shape(),
+                "{case}: shape of the gradient of {name}"
+            );
             assert_close(&format!("{case} gradient of {name}"), grad, &expected);
         }
         self.ran.insert(case.to_string());
     }
 }
 
-fn usizes(value: &Value) -> Vec<usize> {
+pub fn usizes(value: &Value) -> Vec<usize> {
     let list = value.as_array().expect("a list");
-    list.iter().map(|v| v.as_u64().expect("a size") as usize).collect()
+    list.iter()
+        .map(|v| v.as_u64().expect("a size") as usize)
+        .collect()
 }
 
 #[test]
@@ -91,7 +116,10 @@ fn values_and_gradients_match_pytorch() {
     let left: Vec<_> = all
         .filter(|name| !fixture.ran.contains(*name) && !name.starts_with("attention"))
         .collect();
-    assert!(left.is_empty(), "cases of the fixture that nothing ran: {left:?}");
+    assert!(
+        left.is_empty(),
+        "cases of the fixture that nothing ran: {left:?}"
+    );
 }
 
 fn products(fixture: &mut Fixture) {
@@ -99,27 +127,44 @@ fn products(fixture: &mut Fixture) {
     fixture.run("matmul_t", &["a", "b"], |v| v[0].matmul_t(&v[1]));
     fixture.run("matmul_batched", &["a", "b"], |v| v[0].matmul(&v[1]));
     fixture.run("matmul_epilogue", &["a", "b", "bias", "residual"], |v| {
-        v[0].linear(&v[1], Some(&v[2])).unary(Unary::GeluErf).add(&v[3])
+        v[0].linear(&v[1], Some(&v[2]))
+            .unary(Unary::GeluErf)
+            .add(&v[3])
     });
-    for case in ["conv3x3", "conv3x3_stride2", "conv3x3_stride2_right", "conv1x1"] {
+    for case in [
+        "conv3x3",
+        "conv3x3_stride2",
+        "conv3x3_stride2_right",
+        "conv1x1",
+    ] {
         let padding = usizes(fixture.option(case, "padding_top_left_bottom_right"));
         let options = Conv2dOptions {
             stride: fixture.option(case, "stride").as_u64().expect("stride") as usize,
-            padding: [padding[0], padding[1], padding[2], padding[3]],
+            // Stored as top, left, bottom, right.
+            padding: [padding[0], padding[2], padding[1], padding[3]],
         };
-        let names: &[&str] = if case == "conv1x1" { &["x", "kernel"] } else { &["x", "kernel", "b"] };
+        let names: &[&str] = if case == "conv1x1" {
+            &["x", "kernel"]
+        } else {
+            &["x", "kernel", "b"]
+        };
         fixture.run(case, names, |v| v[0].conv2d(&v[1], v.get(2), options));
     }
 }
 
 fn norms_and_losses(fixture: &mut Fixture) {
     let affine = ["x", "weight", "bias"];
-    fixture.run("layer_norm", &affine, |v| v[0].layer_norm(&v[1], &v[2], 1e-5));
+    fixture.run("layer_norm", &affine, |v| {
+        v[0].layer_norm(&v[1], &v[2], 1e-5)
+    });
     fixture.run("rms_norm", &affine[..2], |v| v[0].rms_norm(&v[1], 1e-6));
-    fixture.run("group_norm", &affine, |v| v[0].group_norm(3, &v[1], &v[2], 1e-5));
+    fixture.run("group_norm", &affine, |v| {
+        v[0].group_norm(3, &v[1], &v[2], 1e-5)
+    });
     fixture.run("instance_norm", &["x"], |v| v[0].instance_norm(1e-5));
     fixture.run("softmax", &["x"], |v| v[0].softmax());
-    let labels: Vec<u32> = fixture.option("cross_entropy", "labels")
+    let labels: Vec<u32> = fixture
+        .option("cross_entropy", "labels")
         .as_array()
         .expect("labels")
         .iter()
@@ -127,7 +172,9 @@ fn norms_and_losses(fixture: &mut Fixture) {
         .collect();
     let count = labels.iter().filter(|&&label| label != IGNORE).count();
     let labels = Tensor::from_u32(gpu(), &labels, &[labels.len()]);
-    fixture.run("cross_entropy", &["logits"], |v| v[0].cross_entropy(&labels, count));
+    fixture.run("cross_entropy", &["logits"], |v| {
+        v[0].cross_entropy(&labels, count)
+    });
 }
 
 fn elementwise(fixture: &mut Fixture) {
@@ -168,9 +215,14 @@ fn reductions_and_layout(fixture: &mut Fixture) {
         fixture.run(case, &["x"], |v| v[0].resize_bilinear(size[0], size[1]));
     }
     fixture.run("upsample_nearest", &["x"], |v| v[0].upsample_nearest2x());
-    let ids: Vec<u32> = usizes(fixture.option("embedding", "ids")).iter().map(|&i| i as u32).collect();
+    let ids: Vec<u32> = usizes(fixture.option("embedding", "ids"))
+        .iter()
+        .map(|&i| i as u32)
+        .collect();
     let ids = Tensor::from_u32(gpu(), &ids, &[ids.len()]);
-    fixture.run("embedding", &["table"], |v| Var::embedding(&v[0], &ids, v[0].dtype()));
+    fixture.run("embedding", &["table"], |v| {
+        Var::embedding(&v[0], &ids, v[0].dtype())
+    });
     fixture.run("concat", &["a", "b"], |v| Var::concat(v, 1));
     let axes = usizes(fixture.option("permute", "axes"));
     fixture.run("permute", &["x"], |v| v[0].permute(&axes));

@@ -12,7 +12,11 @@ fn leaf(values: &[f32]) -> Var {
 }
 
 fn read(grads: &Gradients, leaf: &Var) -> Vec<f32> {
-    grads.get(leaf).expect("a gradient").to_f32().expect("readable")
+    grads
+        .get(leaf)
+        .expect("a gradient")
+        .to_f32()
+        .expect("readable")
 }
 
 #[test]
@@ -27,13 +31,23 @@ fn gradients_of_every_use_add_up() {
 
 #[test]
 fn gradients_flow_only_where_needed() {
-    let (x, frozen) = (leaf(&[1.0, 2.0]), Var::constant(Tensor::from_f32(gpu(), &[3.0, 4.0], &[2])));
-    assert!(!frozen.mul(&frozen).needs_grad(), "constants make constants");
+    let (x, frozen) = (
+        leaf(&[1.0, 2.0]),
+        Var::constant(Tensor::from_f32(gpu(), &[3.0, 4.0], &[2])),
+    );
+    assert!(
+        !frozen.mul(&frozen).needs_grad(),
+        "constants make constants"
+    );
     let cut = x.square().detach();
     assert!(!cut.needs_grad());
     let loss = x.mul(&frozen).add(&cut).sum_all();
     let grads = loss.backward();
-    assert_eq!(read(&grads, &x), [3.0, 4.0], "nothing through the detached branch");
+    assert_eq!(
+        read(&grads, &x),
+        [3.0, 4.0],
+        "nothing through the detached branch"
+    );
     assert!(grads.get(&frozen).is_none());
     let outside = no_grad(|| x.square());
     assert!(!outside.needs_grad());
@@ -65,12 +79,21 @@ fn accumulation_over_micro_batches_is_the_sum() {
 fn two_backwards_give_the_same_bits() {
     let run = || {
         let mut rng = rng(5);
-        let x = Var::parameter(Tensor::from_f32(gpu(), &uniform(&mut rng, 33 * 20), &[33, 20]));
-        let w = Var::parameter(Tensor::from_f32(gpu(), &uniform(&mut rng, 17 * 20), &[17, 20]));
+        let x = Var::parameter(Tensor::from_f32(
+            gpu(),
+            &uniform(&mut rng, 33 * 20),
+            &[33, 20],
+        ));
+        let w = Var::parameter(Tensor::from_f32(
+            gpu(),
+            &uniform(&mut rng, 17 * 20),
+            &[17, 20],
+        ));
         let rows = Tensor::from_u32(gpu(), &[3, 3, 8, 31, 3], &[5]);
         let y = x.linear(&w, None).softmax().gather_rows(&rows);
         let grads = y.square().sum_all().backward();
-        [read(&grads, &x), read(&grads, &w)].map(|g| g.iter().map(|v| v.to_bits()).collect::<Vec<_>>())
+        [read(&grads, &x), read(&grads, &w)]
+            .map(|g| g.iter().map(|v| v.to_bits()).collect::<Vec<_>>())
     };
     assert_eq!(run(), run());
 }
@@ -107,7 +130,9 @@ fn gradients_have_the_dtype_of_their_leaf() {
     for (name, leaf) in [("x", &x), ("w", &w), ("b", &b)] {
         assert_eq!(grads.get(leaf).expect(name).dtype(), leaf.dtype(), "{name}");
     }
-    let dw: Vec<f64> = (0..32).map(|i| (0..6).map(|r| hx[r * 8 + i % 8]).sum()).collect();
+    let dw: Vec<f64> = (0..32)
+        .map(|i| (0..6).map(|r| hx[r * 8 + i % 8]).sum())
+        .collect();
     // Products of f16 values in f32: exact to f16's tolerance whatever the accumulator holds.
     let error = nmse(&read(&grads, &w), &dw);
     assert!(error <= tolerance(DType::F16), "{error:e}");
@@ -125,7 +150,10 @@ fn activations_are_freed_as_the_backward_passes() {
         y = y.square();
     }
     let forward = gpu.memory().current_bytes - before;
-    assert!(forward >= 15 * one, "the tape holds its activations: {forward}");
+    assert!(
+        forward >= 15 * one,
+        "the tape holds its activations: {forward}"
+    );
     gpu.reset_peak();
     let loss = y.sum_all();
     drop(y);
