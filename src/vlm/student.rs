@@ -8,6 +8,8 @@ use serde_json::Value;
 use super::generate::{Generated, Sampler, Sampling};
 use super::idefics3::{Idefics3, Idefics3Cache, Idefics3Config, Idefics3Input};
 use super::idefics3_processor::{Idefics3Processor, Idefics3Prompt};
+use super::mllama::{self, Mllama, MllamaCache, MllamaConfig, MllamaInput};
+use super::mllama_processor::{MllamaProcessor, MllamaPrompt};
 use super::processor::labels::Tail;
 use super::processor::template::Message;
 use super::processor::tokenizer::{TextTokenizer, read_json};
@@ -45,10 +47,15 @@ enum Family {
         model: Idefics3,
         processor: Idefics3Processor,
     },
+    Mllama {
+        model: Box<Mllama>,
+        processor: MllamaProcessor,
+    },
 }
 
 enum Cache {
     Idefics3(Idefics3Cache),
+    Mllama(MllamaCache),
 }
 
 /// A vision-language model with its processor.
@@ -67,8 +74,11 @@ impl Student {
     /// A missing or unusable file, an unknown `model_type`, a missing or mis-shaped tensor, by name.
     pub fn open(dir: impl AsRef<Path>, gpu: &Gpu, options: LoadOptions) -> Result<Self> {
         let dir = dir.as_ref();
-        model_type(dir)?;
-        let checkpoint = Checkpoint::open(dir, "model")?;
+        let kind = model_type(dir)?;
+        let mut checkpoint = Checkpoint::open(dir, "model")?;
+        if kind == "mllama" {
+            checkpoint = checkpoint.rename(mllama::canonical);
+        }
         Self::load(dir, &Loader::new(gpu, checkpoint, options))
     }
 
@@ -88,10 +98,18 @@ impl Student {
                 let model = Idefics3::load(&config, loader)?;
                 (Family::Idefics3 { model, processor }, config.eos)
             }
+            "mllama" => {
+                let config = MllamaConfig::load(dir)?;
+                let processor = MllamaProcessor::load(dir)?;
+                config.check_tiles(dir, &processor.tiling)?;
+                let model = Box::new(Mllama::load(&config, loader)?);
+                (Family::Mllama { model, processor }, config.eos)
+            }
             _ => unreachable!("model_type lets no other pass"),
         };
         let tokenizer = match &family {
             Family::Idefics3 { processor, .. } => &processor.tokenizer,
+            Family::Mllama { processor, .. } => &processor.tokenizer,
         };
         end.extend(generation_end(dir)?);
         end.extend(
@@ -117,13 +135,16 @@ impl Student {
     pub fn tokenizer(&self) -> &TextTokenizer {
         match &self.family {
             Family::Idefics3 { processor, .. } => &processor.tokenizer,
+            Family::Mllama { processor, .. } => &processor.tokenizer,
         }
     }
 
-    /// Number of layers whose attention can be tapped.
+    /// Number of layers whose attention can be tapped: all of a self-attention family, the
+    /// cross-attention layers of Llama-3.2-Vision.
     pub fn hooked_layers(&self) -> usize {
         match &self.family {
             Family::Idefics3 { model, .. } => model.config().layers,
+            Family::Mllama { model, .. } => model.config().cross_layers.len(),
         }
     }
 
@@ -131,6 +152,7 @@ impl Student {
     pub fn heads(&self) -> usize {
         match &self.family {
             Family::Idefics3 { model, .. } => model.config().heads,
+            Family::Mllama { model, .. } => model.config().heads,
         }
     }
 
@@ -138,6 +160,7 @@ impl Student {
     pub fn context(&self) -> usize {
         match &self.family {
             Family::Idefics3 { model, .. } => model.config().max_positions,
+            Family::Mllama { model, .. } => model.config().max_positions,
         }
     }
 
@@ -145,6 +168,7 @@ impl Student {
     pub fn vocabulary(&self) -> usize {
         match &self.family {
             Family::Idefics3 { model, .. } => model.config().vocabulary,
+            Family::Mllama { model, .. } => model.config().vocabulary,
         }
     }
 
@@ -157,6 +181,7 @@ impl Student {
     pub fn set_checkpointing(&mut self, on: bool) {
         match &mut self.family {
             Family::Idefics3 { model, .. } => model.checkpointing = on,
+            Family::Mllama { model, .. } => model.checkpointing = on,
         }
     }
 
@@ -211,6 +236,34 @@ impl Student {
                     Pictures::Idefics3(prompt.clone()),
                 ))
             }
+            Family::Mllama { model, processor } => {
+                let prompt = processor.conversation(turns, pictures, tail)?;
+                self.check_length(prompt.encoded.ids.len(), prompt.images.len())?;
+                let none = (
+                    Vec::new(),
+                    Grid {
+                        height: 0,
+                        width: 0,
+                    },
+                );
+                let map = prompt
+                    .images
+                    .first()
+                    .map(|tiles| model.map_columns(tiles, 0));
+                let MllamaPrompt {
+                    rendered,
+                    encoded,
+                    labels,
+                    ..
+                } = &prompt;
+                Ok(Prepared::new(
+                    rendered,
+                    encoded,
+                    labels,
+                    map.unwrap_or(none),
+                    Pictures::Mllama(prompt.clone()),
+                ))
+            }
         }
     }
 
@@ -251,6 +304,14 @@ impl Student {
                 let (hidden, taps) = model.forward(&inputs, layers, tap.as_ref());
                 Ok(Output { hidden, taps })
             }
+            Family::Mllama { model, .. } => {
+                let inputs: Vec<_> = batch
+                    .iter()
+                    .map(|sample| mllama(sample))
+                    .collect::<Result<_>>()?;
+                let (hidden, taps) = model.forward(&inputs, layers, tap.as_ref());
+                Ok(Output { hidden, taps })
+            }
         }
     }
 
@@ -258,6 +319,7 @@ impl Student {
     pub fn logits(&self, hidden: &Var) -> Var {
         match &self.family {
             Family::Idefics3 { model, .. } => model.logits(hidden),
+            Family::Mllama { model, .. } => model.logits(hidden),
         }
     }
 
@@ -330,12 +392,18 @@ impl Student {
                 let (hidden, cache) = model.prefill(idefics3(prompt)?);
                 Ok((hidden, Cache::Idefics3(cache)))
             }
+            Family::Mllama { model, .. } => {
+                let (hidden, cache) = model.prefill(mllama(prompt)?);
+                Ok((hidden, Cache::Mllama(cache)))
+            }
         }
     }
 
     fn decode(&self, token: u32, cache: &mut Cache) -> Var {
         match (&self.family, cache) {
             (Family::Idefics3 { model, .. }, Cache::Idefics3(cache)) => model.decode(token, cache),
+            (Family::Mllama { model, .. }, Cache::Mllama(cache)) => model.decode(token, cache),
+            _ => unreachable!("the cache was made by this student's own prefill"),
         }
     }
 
@@ -349,6 +417,7 @@ impl Student {
         match &self.family {
             // Never renamed: `model.text_model.…`, `model.vision_model.…` in every version.
             Family::Idefics3 { .. } => name.to_string(),
+            Family::Mllama { .. } => mllama::canonical(name),
         }
     }
 }
@@ -362,6 +431,15 @@ fn idefics3(sample: &Prepared) -> Result<Idefics3Input<'_>> {
         }),
         Pictures::Mllama(_) => Err(Error::Input(
             "a sample prepared for Llama-3.2-Vision was given to an Idefics3 model".into(),
+        )),
+    }
+}
+
+fn mllama(sample: &Prepared) -> Result<MllamaInput<'_>> {
+    match &sample.pictures {
+        Pictures::Mllama(prompt) => Ok(prompt.into()),
+        Pictures::Idefics3(_) => Err(Error::Input(
+            "a sample prepared for an Idefics3 model was given to Llama-3.2-Vision".into(),
         )),
     }
 }
@@ -380,10 +458,12 @@ fn model_type(dir: &Path) -> Result<String> {
         .and_then(Value::as_str)
         .unwrap_or_default();
     match kind {
-        "idefics3" | "smolvlm" => Ok(kind.to_string()),
+        "idefics3" | "smolvlm" | "mllama" => Ok(kind.to_string()),
         _ => Err(Error::file(
             &path,
-            format!("field `model_type`: {kind:?} found, \"smolvlm\" or \"idefics3\" expected"),
+            format!(
+                "field `model_type`: {kind:?} found, \"smolvlm\", \"idefics3\" or \"mllama\" expected"
+            ),
         )),
     }
 }
