@@ -131,7 +131,7 @@ impl SiglipConfig {
             activation,
             eps: number(json, "layer_norm_eps", 1e-6),
         };
-        if config.hidden % config.heads != 0 {
+        if !config.hidden.is_multiple_of(config.heads) {
             return Err(s.wrong(
                 "num_attention_heads",
                 &format!("a divisor of hidden_size {}", config.hidden),
@@ -244,7 +244,7 @@ impl Idefics3Config {
     /// Names the processor's file in `dir`, found and expected.
     pub fn check_tile(&self, dir: &Path, side: usize) -> Result<()> {
         let step = self.vision.patch * self.scale_factor;
-        if side % step == 0 {
+        if side.is_multiple_of(step) {
             return Ok(());
         }
         let message = format!(

@@ -71,8 +71,8 @@ struct CrossLayer {
 }
 
 enum Layer {
-    Text(SelfLayer),
-    Cross(CrossLayer),
+    Text(Box<SelfLayer>),
+    Cross(Box<CrossLayer>),
 }
 
 /// What cross-attention layers need beside the hidden states.
@@ -233,9 +233,9 @@ impl Mllama {
         let layer = |i: usize| -> Result<Rc<Layer>> {
             let l = text.sub("layers").sub(i);
             Ok(Rc::new(if config.cross_layers.contains(&i) {
-                Layer::Cross(CrossLayer::load(config, &l)?)
+                Layer::Cross(Box::new(CrossLayer::load(config, &l)?))
             } else {
-                Layer::Text(SelfLayer::load(config, &l)?)
+                Layer::Text(Box::new(SelfLayer::load(config, &l)?))
             }))
         };
         Ok(Self {
@@ -396,9 +396,9 @@ impl Mllama {
             .flat_map(|input| (0..places).map(|place| input.images.get(place)))
             .collect();
         let keys = vision.max_tiles * vision.tokens();
-        let states = self
-            .encode(&slots, recompute)
-            .reshape(&[batch, places * keys, self.config.hidden]);
+        let states =
+            self.encode(&slots, recompute)
+                .reshape(&[batch, places * keys, self.config.hidden]);
         let key_bits: Vec<u32> = inputs
             .iter()
             .flat_map(|input| (0..places * keys).map(move |at| (input, at)))

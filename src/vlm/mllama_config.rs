@@ -64,7 +64,7 @@ impl MllamaConfig {
         let get = |key: &str| size(text, name, key, &path);
         let (hidden, heads) = (get("hidden_size")?, get("num_attention_heads")?);
         let kv_heads = get("num_key_value_heads")?;
-        if hidden % heads != 0 || heads % kv_heads != 0 {
+        if !hidden.is_multiple_of(heads) || !heads.is_multiple_of(kv_heads) {
             let message = format!(
                 "field `{name}`: hidden_size {hidden}, num_attention_heads {heads} and \
                  num_key_value_heads {kv_heads} must divide evenly"

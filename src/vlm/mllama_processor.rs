@@ -245,16 +245,12 @@ impl TilingConfig {
         let scaled = resize(picture, width, height, self.filter);
         let side = self.side;
         // Value of every byte per channel; padding is a black pixel, normalised like the others.
-        let table: Vec<[f32; 3]> = (0..256)
-            .map(|v| {
-                std::array::from_fn(|c| {
-                    ((f64::from(v) * self.rescale - self.mean[c]) / self.std[c]) as f32
-                })
-            })
-            .collect();
+        let table: [[f32; 256]; 3] = std::array::from_fn(|c| {
+            std::array::from_fn(|v| ((v as f64 * self.rescale - self.mean[c]) / self.std[c]) as f32)
+        });
         let mut pixels = Vec::with_capacity(grid.0 * grid.1 * 3 * side * side);
         for (down, across) in (0..grid.0 * grid.1).map(|tile| (tile / grid.1, tile % grid.1)) {
-            for channel in 0..3 {
+            for (channel, values) in table.iter().enumerate() {
                 for y in (down * side) as u32..((down + 1) * side) as u32 {
                     for x in (across * side) as u32..((across + 1) * side) as u32 {
                         let inside = x < width && y < height;
@@ -263,7 +259,7 @@ impl TilingConfig {
                         } else {
                             0
                         };
-                        pixels.push(table[byte as usize][channel]);
+                        pixels.push(values[usize::from(byte)]);
                     }
                 }
             }

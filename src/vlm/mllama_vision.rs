@@ -103,7 +103,9 @@ impl MllamaVisionConfig {
                 }
             },
         };
-        if config.hidden % config.heads != 0 || config.image_size % config.patch != 0 {
+        if !config.hidden.is_multiple_of(config.heads)
+            || !config.image_size.is_multiple_of(config.patch)
+        {
             return Err(Error::file(
                 path,
                 format!(

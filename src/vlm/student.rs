@@ -44,7 +44,7 @@ pub struct Output {
 
 enum Family {
     Idefics3 {
-        model: Idefics3,
+        model: Box<Idefics3>,
         processor: Idefics3Processor,
     },
     Mllama {
@@ -55,7 +55,7 @@ enum Family {
 
 enum Cache {
     Idefics3(Idefics3Cache),
-    Mllama(MllamaCache),
+    Mllama(Box<MllamaCache>),
 }
 
 /// A vision-language model with its processor.
@@ -95,7 +95,7 @@ impl Student {
                 let side = |tile| config.tile_side(tile);
                 let processor = Idefics3Processor::load(dir, |tile| side(tile) * side(tile))?;
                 config.check_tile(dir, processor.split.side)?;
-                let model = Idefics3::load(&config, loader)?;
+                let model = Box::new(Idefics3::load(&config, loader)?);
                 (Family::Idefics3 { model, processor }, config.eos)
             }
             "mllama" => {
@@ -394,7 +394,7 @@ impl Student {
             }
             Family::Mllama { model, .. } => {
                 let (hidden, cache) = model.prefill(mllama(prompt)?);
-                Ok((hidden, Cache::Mllama(cache)))
+                Ok((hidden, Cache::Mllama(Box::new(cache))))
             }
         }
     }
