@@ -53,6 +53,8 @@ pub enum Command {
     Attention(attention::Args),
     /// List the adapters of this machine, their drivers, tiers and limits
     Devices(devices::Args),
+    /// Train a mini model from nothing by a recipe
+    Pretrain(pretrain::Args),
     /// Make the word maps of every sample of a data set, from a diffusion model
     Targets(targets::Args),
     /// Fine-tune a vision-language model towards its targets
@@ -64,6 +66,7 @@ impl Command {
         match self {
             Self::Attention(args) => attention::run(args, context),
             Self::Devices(args) => devices::run(args, context),
+            Self::Pretrain(args) => pretrain::run(args, context),
             Self::Targets(args) => targets::run(args, context),
             Self::Train(args) => train::run(args, context),
         }

@@ -6,5 +6,6 @@ pub mod config;
 pub mod events;
 pub mod metrics;
 pub mod optimizer;
+pub mod pretrain;
 pub mod recipe;
 pub mod rundir;
