@@ -1,7 +1,7 @@
 //! 2-D convolution, channels last, as an implicit matrix product.
 
 use super::matmul::{MatmulOptions, matmul, reduce, window};
-use super::{dispatch_work, is_f16};
+use super::{conv2d_rows, dispatch_work, is_f16, rows};
 use crate::gpu::Kernel;
 use crate::tensor::{DType, Tensor};
 
@@ -39,11 +39,33 @@ impl Conv2dOptions {
 pub enum Variant {
     /// Shared-memory tile of 16·PER squared, for GPUs.
     Tile(u32),
+    /// Padded image and register tiles, for drivers that run on the CPU.
+    Rows,
+}
+
+/// What a test may force: the kernel family, and the bytes from which images are cut into bands.
+#[doc(hidden)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Force {
+    /// Kernel family; the tier chooses when `None`.
+    pub variant: Option<Variant>,
+    /// Bytes of a band of either side at the most.
+    pub band_bytes: Option<usize>,
+}
+
+impl Force {
+    fn variant(&self, t: &Tensor) -> Option<Variant> {
+        self.variant.or(t.gpu().tier().cpu.then_some(Variant::Rows))
+    }
+
+    fn any(&self) -> bool {
+        self.variant.is_some() || self.band_bytes.is_some()
+    }
 }
 
 /// Which of the three products.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Mode {
+pub(super) enum Mode {
     Forward = 0,
     Input = 1,
     Weight = 2,
@@ -51,19 +73,19 @@ enum Mode {
 
 /// Sizes of one convolution, or of a band of its rows.
 #[derive(Clone, Copy, Debug)]
-struct Geometry {
-    batch: usize,
+pub(super) struct Geometry {
+    pub batch: usize,
     /// Input rows, columns, channels.
-    input: [usize; 3],
+    pub input: [usize; 3],
     /// Output rows, columns, channels.
-    output: [usize; 3],
-    kernel: [usize; 2],
-    stride: usize,
-    pad_top: isize,
-    pad_left: isize,
+    pub output: [usize; 3],
+    pub kernel: [usize; 2],
+    pub stride: usize,
+    pub pad_top: isize,
+    pub pad_left: isize,
     /// First elements of the input, and of the output.
-    x_start: usize,
-    y_start: usize,
+    pub x_start: usize,
+    pub y_start: usize,
 }
 
 #[repr(C)]
@@ -130,7 +152,7 @@ impl Geometry {
         [self.batch, h, w, c]
     }
 
-    fn taps(&self) -> usize {
+    pub fn taps(&self) -> usize {
         self.kernel[0] * self.kernel[1]
     }
 
@@ -184,29 +206,33 @@ impl Geometry {
 }
 
 /// Cuts the convolution into whole images or bands of rows that fit a binding and a dispatch.
-fn pieces(mode: Mode, g: Geometry, x: &Tensor, y: &Tensor, out: &mut Vec<Geometry>) {
+fn pieces(mode: Mode, g: Geometry, x: &Tensor, y: &Tensor, force: &Force) -> Vec<Geometry> {
     let tier = x.gpu().tier();
+    let limit = force.band_bytes.unwrap_or(tier.max_binding as usize - 512);
     let over = |t: &Tensor, side: &[usize; 3]| {
-        (g.batch * side.iter().product::<usize>() * t.dtype().bytes()) as u64
-            > tier.max_binding - 512
+        g.batch * side.iter().product::<usize>() * t.dtype().bytes() > limit
     };
     let long = !tier.cpu && g.flops() > DISPATCH_FLOPS;
-    let rows = if mode == Mode::Input {
+    let packed = force.variant(x) == Some(Variant::Rows)
+        && conv2d_rows::temporary_bytes(mode, &g) > rows::pack_limit(x).min(limit);
+    let height = if mode == Mode::Input {
         g.input[0]
     } else {
         g.output[0]
     };
-    if !(over(x, &g.input) || over(y, &g.output) || long) || g.batch * rows <= 1 {
-        out.push(g);
-    } else if g.batch > 1 {
-        let first = g.batch / 2;
-        pieces(mode, g.images(0, first), x, y, out);
-        pieces(mode, g.images(first, g.batch - first), x, y, out);
-    } else {
-        let first = rows / 2;
-        pieces(mode, g.rows(mode, 0, first), x, y, out);
-        pieces(mode, g.rows(mode, first, rows - first), x, y, out);
+    if !(over(x, &g.input) || over(y, &g.output) || long || packed) || g.batch * height <= 1 {
+        return vec![g];
     }
+    let (first, second) = if g.batch > 1 {
+        let first = g.batch / 2;
+        (g.images(0, first), g.images(first, g.batch - first))
+    } else {
+        let first = height / 2;
+        (g.rows(mode, 0, first), g.rows(mode, first, height - first))
+    };
+    let mut cut = pieces(mode, first, x, y, force);
+    cut.extend(pieces(mode, second, x, y, force));
+    cut
 }
 
 fn weight_shape(w: &Tensor) -> [usize; 4] {
@@ -219,13 +245,13 @@ fn weight_shape(w: &Tensor) -> [usize; 4] {
 /// Convolution of `x` [batch, height, width, in] (F32 or F16) with `w` [kh, kw, in, out] (F32, F16
 /// or Bf16), plus `bias` f32 [out]: [batch, rows, columns, out] in `x`'s dtype; sums are f32.
 pub fn conv2d(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, options: &Conv2dOptions) -> Tensor {
-    conv2d_with(None, x, w, bias, options)
+    conv2d_with(&Force::default(), x, w, bias, options)
 }
 
 /// [`conv2d`] by a given kernel family.
 #[doc(hidden)]
 pub fn conv2d_with(
-    variant: Option<Variant>,
+    force: &Force,
     x: &Tensor,
     w: &Tensor,
     bias: Option<&Tensor>,
@@ -239,7 +265,7 @@ pub fn conv2d_with(
             "conv2d: bias {bias:?} for weight {w:?}"
         );
     }
-    if g.is_product() && variant.is_none() {
+    if g.is_product() && !force.any() {
         let w = w.reshape(&[g.input[2], g.output[2]]);
         let product = MatmulOptions {
             bias,
@@ -248,10 +274,9 @@ pub fn conv2d_with(
         return matmul(x, &w, &product);
     }
     let y = Tensor::empty(x.gpu(), x.dtype(), &g.output_shape());
-    let mut bands = Vec::new();
-    pieces(Mode::Forward, g, x, &y, &mut bands);
+    let bands = pieces(Mode::Forward, g, x, &y, force);
     for band in &bands {
-        launch(variant, Mode::Forward, band, [x, w, &y], bias, 1, 0);
+        launch(force, Mode::Forward, band, [x, w, &y], bias, 1, 0);
     }
     y
 }
@@ -263,13 +288,13 @@ pub fn conv2d_grad_input(
     x_shape: &[usize],
     options: &Conv2dOptions,
 ) -> Tensor {
-    conv2d_grad_input_with(None, dy, w, x_shape, options)
+    conv2d_grad_input_with(&Force::default(), dy, w, x_shape, options)
 }
 
 /// [`conv2d_grad_input`] by a given kernel family.
 #[doc(hidden)]
 pub fn conv2d_grad_input_with(
-    variant: Option<Variant>,
+    force: &Force,
     dy: &Tensor,
     w: &Tensor,
     x_shape: &[usize],
@@ -282,7 +307,7 @@ pub fn conv2d_grad_input_with(
         "conv2d_grad_input: dy for input {x_shape:?}"
     );
     is_f16("conv2d_grad_input", dy);
-    if g.is_product() && variant.is_none() {
+    if g.is_product() && !force.any() {
         let w = w.reshape(&[g.input[2], g.output[2]]);
         let product = MatmulOptions {
             trans_b: true,
@@ -291,10 +316,9 @@ pub fn conv2d_grad_input_with(
         return matmul(dy, &w, &product);
     }
     let dx = Tensor::empty(dy.gpu(), dy.dtype(), x_shape);
-    let mut bands = Vec::new();
-    pieces(Mode::Input, g, &dx, dy, &mut bands);
+    let bands = pieces(Mode::Input, g, &dx, dy, force);
     for band in &bands {
-        launch(variant, Mode::Input, band, [dy, w, &dx], None, 1, 0);
+        launch(force, Mode::Input, band, [dy, w, &dx], None, 1, 0);
     }
     dx
 }
@@ -309,13 +333,13 @@ pub fn conv2d_grad_weight(
     kw: usize,
     options: &Conv2dOptions,
 ) -> Tensor {
-    conv2d_grad_weight_with(None, x, dy, kh, kw, options)
+    conv2d_grad_weight_with(&Force::default(), x, dy, kh, kw, options)
 }
 
 /// [`conv2d_grad_weight`] by a given kernel family.
 #[doc(hidden)]
 pub fn conv2d_grad_weight_with(
-    variant: Option<Variant>,
+    force: &Force,
     x: &Tensor,
     dy: &Tensor,
     kh: usize,
@@ -332,7 +356,7 @@ pub fn conv2d_grad_weight_with(
     is_f16("conv2d_grad_weight", x);
     is_f16("conv2d_grad_weight", dy);
     let [rows, columns] = [g.taps() * g.input[2], g.output[2]];
-    if g.is_product() && variant.is_none() {
+    if g.is_product() && !force.any() {
         let pixels = x.elements() / g.input[2];
         let product = MatmulOptions {
             trans_a: true,
@@ -344,37 +368,33 @@ pub fn conv2d_grad_weight_with(
         return dw.reshape(&shape);
     }
     let dw = Tensor::empty(x.gpu(), DType::F32, &shape);
-    let mut bands = Vec::new();
-    pieces(Mode::Weight, g, x, dy, &mut bands);
-    let splits = splits(variant, &bands, rows, columns);
+    let bands = pieces(Mode::Weight, g, x, dy, force);
+    let splits = splits(force.variant(x), &bands, rows, columns);
     if bands.len() == 1 && splits == 1 {
-        launch(variant, Mode::Weight, &bands[0], [x, dy, &dw], None, 1, 0);
+        launch(force, Mode::Weight, &bands[0], [x, dy, &dw], None, 1, 0);
         return dw;
     }
     let parts = bands.len() * splits;
     let sums = Tensor::empty(x.gpu(), DType::F32, &[parts, rows, columns]);
     for (i, band) in bands.iter().enumerate() {
         let at = i * splits * rows * columns;
-        launch(
-            variant,
-            Mode::Weight,
-            band,
-            [x, dy, &sums],
-            None,
-            splits,
-            at,
-        );
+        launch(force, Mode::Weight, band, [x, dy, &sums], None, splits, at);
     }
     reduce(&sums, &dw, parts, &MatmulOptions::default());
     dw
 }
 
 /// Parts that each band's sum over pixels is cut into, to occupy the device.
-fn splits(_variant: Option<Variant>, bands: &[Geometry], rows: usize, columns: usize) -> usize {
-    let groups = rows.div_ceil(64) * columns.div_ceil(64);
-    let pixels = bands[0].batch * bands[0].output[0] * bands[0].output[1];
+fn splits(variant: Option<Variant>, bands: &[Geometry], rows: usize, columns: usize) -> usize {
     let room = PARTS_BYTES / (4 * rows * columns * bands.len());
-    (256 / groups).min(pixels / 256).min(64).min(room).max(1)
+    let wanted = if variant == Some(Variant::Rows) {
+        conv2d_rows::splits(&bands[0])
+    } else {
+        let groups = rows.div_ceil(64) * columns.div_ceil(64);
+        let pixels = bands[0].batch * bands[0].output[0] * bands[0].output[1];
+        (256 / groups).min(pixels / 256).min(64)
+    };
+    wanted.min(room).max(1)
 }
 
 fn tile(per: u32, mode: Mode, [x, b, y]: [DType; 3]) -> Kernel {
@@ -390,7 +410,7 @@ fn tile(per: u32, mode: Mode, [x, b, y]: [DType; 3]) -> Kernel {
 
 /// Records one band: `[unfolded, weight or dy, result]`, the result from element `at` for partial sums.
 fn launch(
-    variant: Option<Variant>,
+    force: &Force,
     mode: Mode,
     g: &Geometry,
     [x, b, y]: [&Tensor; 3],
@@ -407,6 +427,13 @@ fn launch(
     };
     if m * n == 0 {
         return;
+    }
+    let variant = force.variant(x);
+    if variant == Some(Variant::Rows) {
+        return match mode {
+            Mode::Weight => conv2d_rows::launch_weight(g, [x, b, y], splits, at),
+            _ => conv2d_rows::launch(mode, g, [x, b, y], bias),
+        };
     }
     let ((x, x_start), (b, b_start), (y, y_start)) = match mode {
         Mode::Forward => (
@@ -430,7 +457,11 @@ fn launch(
         _ => (g.input, g.output),
     };
     let groups = m.div_ceil(128) * n.div_ceil(128) * splits;
-    let Variant::Tile(per) = variant.unwrap_or(Variant::Tile(if groups >= 128 { 8 } else { 4 }));
+    let per = match variant {
+        Some(Variant::Tile(per)) => per,
+        _ if groups >= 128 => 8,
+        _ => 4,
+    };
     let params = Params {
         m: m as u32,
         n: n as u32,
@@ -469,7 +500,7 @@ fn launch(
 
 /// All kernels of this op.
 pub fn variants() -> Vec<Kernel> {
-    let mut kernels = Vec::new();
+    let mut kernels = conv2d_rows::variants();
     let float = [DType::F32, DType::F16];
     for per in [4, 8] {
         for x in float {

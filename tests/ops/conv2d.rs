@@ -1,13 +1,33 @@
 use lavender_wgpu::ops::conv2d::{
-    Conv2dOptions, Variant, conv2d_grad_input_with, conv2d_grad_weight_with, conv2d_with,
+    Conv2dOptions, Force, Variant, conv2d_grad_input_with, conv2d_grad_weight_with, conv2d_with,
 };
 use lavender_wgpu::tensor::DType;
 use rand::RngExt;
 
 use crate::support::*;
 
-/// Every kernel family, and the one that the tier chooses.
-const VARIANTS: [Option<Variant>; 3] = [None, Some(Variant::Tile(4)), Some(Variant::Tile(8))];
+/// Every kernel family, the one that the tier chooses, and images cut into bands of a few rows.
+fn forces() -> Vec<Force> {
+    let mut forces = Vec::new();
+    for variant in [
+        None,
+        Some(Variant::Tile(4)),
+        Some(Variant::Tile(8)),
+        Some(Variant::Rows),
+    ] {
+        forces.push(Force {
+            variant,
+            band_bytes: None,
+        });
+    }
+    for variant in [Some(Variant::Tile(4)), Some(Variant::Rows)] {
+        forces.push(Force {
+            variant,
+            band_bytes: Some(1500),
+        });
+    }
+    forces
+}
 
 #[derive(Debug, Clone, Copy)]
 struct Case {
@@ -53,7 +73,7 @@ fn each(case: &Case, mut f: impl FnMut(usize, usize, usize)) -> [usize; 4] {
     [batch, oh, ow, case.out]
 }
 
-fn check(variant: Option<Variant>, case: Case, rng: &mut rand_chacha::ChaCha8Rng) {
+fn check(force: &Force, case: Case, rng: &mut rand_chacha::ChaCha8Rng) {
     let ([kh, kw], ci, co) = (case.kernel, case.x[3], case.out);
     let weight_shape = [kh, kw, ci, co];
     let count = |shape: &[usize]| shape.iter().product::<usize>();
@@ -77,19 +97,19 @@ fn check(variant: Option<Variant>, case: Case, rng: &mut rand_chacha::ChaCha8Rng
         dx[i] += dy_held[k] * w_held[j];
         dw[j] += dy_held[k] * x_held[i];
     });
-    let what = format!("{variant:?} {case:?}");
+    let what = format!("{force:?} {case:?}");
     let o = &case.options;
-    let actual = conv2d_with(variant, &x, &w, with_bias.then_some(&bias), o);
+    let actual = conv2d_with(force, &x, &w, with_bias.then_some(&bias), o);
     assert_eq!(actual.shape(), shape);
     assert_close(&format!("{what} forward"), &actual, &y);
-    let actual = conv2d_grad_input_with(variant, &dy, &w, &case.x, o);
+    let actual = conv2d_grad_input_with(force, &dy, &w, &case.x, o);
     assert_close(&format!("{what} grad_input"), &actual, &dx);
-    let actual = conv2d_grad_weight_with(variant, &x, &dy, kh, kw, o);
+    let actual = conv2d_grad_weight_with(force, &x, &dy, kh, kw, o);
     assert_eq!(actual.shape(), weight_shape);
     assert_close(&format!("{what} grad_weight"), &actual, &dw);
 }
 
-fn fuzz(variant: Option<Variant>, seed: u64, rounds: usize) {
+fn fuzz(force: &Force, seed: u64, rounds: usize) {
     let mut rng = rng(seed);
     let floats = float_types();
     let channels = [1, 3, 4, 5, 8, 17, 20, 33, 36];
@@ -113,21 +133,21 @@ fn fuzz(variant: Option<Variant>, seed: u64, rounds: usize) {
             dtype: floats[pick(floats.len())],
             weight: [floats[pick(floats.len())], DType::Bf16][pick(2)],
         };
-        check(variant, case, &mut rng);
+        check(force, case, &mut rng);
     }
 }
 
 #[test]
 fn odd_shapes_match_f64_in_every_variant() {
-    for (i, variant) in VARIANTS.into_iter().enumerate() {
-        fuzz(variant, 20 + i as u64, 12);
+    for (i, force) in forces().into_iter().enumerate() {
+        fuzz(&force, 20 + i as u64, 12);
     }
 }
 
 #[test]
 fn a_weight_gradient_over_many_pixels_is_split_and_exact() {
     let mut rng = rng(4);
-    for variant in VARIANTS {
+    for force in forces() {
         let case = Case {
             x: [1, 61, 67, 3],
             kernel: [3, 3],
@@ -136,6 +156,6 @@ fn a_weight_gradient_over_many_pixels_is_split_and_exact() {
             dtype: DType::F32,
             weight: DType::F32,
         };
-        check(variant, case, &mut rng);
+        check(&force, case, &mut rng);
     }
 }

@@ -217,3 +217,49 @@ fn the_output_dtype_can_differ() {
     assert_eq!(c.dtype(), DType::F32);
     assert_close("f16 to f32", &c, &expected);
 }
+
+#[test]
+fn operands_over_the_binding_limit_are_cut() {
+    let limit = gpu().tier().max_binding as usize;
+    if limit > 1 << 28 {
+        // Only adapters with a small limit (software ones: 128 MiB) can be tested quickly.
+        return;
+    }
+    let (inner, long) = (1024, limit / 4096 + 1030);
+    let pattern = |i: usize| ((i * 2_654_435_761) >> 7 & 0xff) as f32 / 128.0 - 1.0;
+    let large: Vec<f32> = (0..inner * long).map(pattern).collect();
+    let b = Tensor::from_f32(gpu(), &large, &[long, inner]);
+    assert!(b.bytes() > gpu().tier().max_binding);
+    let small: Vec<f32> = uniform(&mut rng(8), 2 * long);
+    // b transposed: cut over n.
+    let a = Tensor::from_f32(gpu(), &small[..2 * inner], &[2, inner]);
+    let options = MatmulOptions {
+        trans_b: true,
+        ..MatmulOptions::default()
+    };
+    let c = matmul(&a, &b, &options);
+    let dot = |r: usize, n: usize| -> f64 {
+        (0..inner)
+            .map(|k| f64::from(small[r * inner + k]) * f64::from(large[n * inner + k]))
+            .sum()
+    };
+    let expected: Vec<f64> = (0..2 * long).map(|i| dot(i / long, i % long)).collect();
+    assert_close("over n", &c, &expected);
+    // b plain: cut over k.
+    let a = Tensor::from_f32(gpu(), &small, &[2, long]);
+    let c = matmul(&a, &b, &MatmulOptions::default());
+    let mut expected = vec![0.0; 2 * inner];
+    for k in 0..long {
+        for i in 0..2 * inner {
+            expected[i] +=
+                f64::from(small[i / inner * long + k]) * f64::from(large[k * inner + i % inner]);
+        }
+    }
+    assert_close("over k", &c, &expected);
+    // A large left side: cut over m, the result with it.
+    let a = b;
+    let b = Tensor::from_f32(gpu(), &small[..inner], &[inner, 1]);
+    let c = matmul(&a, &b, &MatmulOptions::default());
+    let expected: Vec<f64> = (0..long).map(|n| dot(0, n)).collect();
+    assert_close("over m", &c, &expected);
+}
