@@ -1,5 +1,6 @@
 //! Tests of the program as a user starts it.
 
+mod bad_input;
 mod devices;
 mod support;
 mod teacher;
