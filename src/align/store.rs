@@ -173,7 +173,7 @@ impl TargetStore {
 #[derive(Debug)]
 pub enum TargetWriter {
     /// Our shards.
-    Shards(shards::Writer),
+    Shards(Box<shards::Writer>),
     /// The published layout.
     Published(published::Writer),
 }
@@ -192,7 +192,9 @@ impl TargetWriter {
     ) -> Result<Self> {
         let dir = dir.as_ref();
         Ok(match layout {
-            Layout::Shards => Self::Shards(shards::Writer::create(dir, options, provenance, part)?),
+            Layout::Shards => Self::Shards(Box::new(shards::Writer::create(
+                dir, options, provenance, part,
+            )?)),
             Layout::Published => {
                 Self::Published(published::Writer::create(dir, options, provenance)?)
             }

@@ -12,11 +12,14 @@ use crate::tensor::{DType, Tensor};
 /// one; returns one gradient per parent. Gradients of leaves met inside go to the third argument.
 type Backward = Box<dyn FnOnce(&[Option<Tensor>], &[bool], &mut Gradients) -> Vec<Option<Tensor>>>;
 
+/// A parent node with the index of the output used; `None` for a constant.
+type Parent = Option<(Rc<Node>, usize)>;
+
 struct Node {
     id: u64,
     op: &'static str,
     /// Parent nodes with the index of the output used; `None` for constants.
-    parents: RefCell<Vec<Option<(Rc<Node>, usize)>>>,
+    parents: RefCell<Vec<Parent>>,
     outputs: usize,
     backward: RefCell<Option<Backward>>,
 }

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 pub const IMMEDIATE_BYTES: u32 = 128;
 
 /// What the opened adapter can do, decided once.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Tier {
     /// The adapter's name as the driver gives it.
     pub name: String,

@@ -183,7 +183,7 @@ mod tests {
     fn size_classes_leave_a_vec4_of_room_and_waste_at_most_a_quarter() {
         for bytes in (1..200_000u64).step_by(37) {
             let class = size_class(bytes);
-            assert!(class >= bytes + 16 && class % 256 == 0);
+            assert!(class >= bytes + 16 && class.is_multiple_of(256));
             assert!(class <= 512 || (class as f64) < (bytes + 16) as f64 * 1.26 + 256.0);
         }
     }

@@ -600,11 +600,14 @@ mod tests {
     fn f16_is_refused_on_an_adapter_without_it() {
         let tier = |f16| Tier {
             f16,
-            ..Tier::unknown()
+            ..Tier::default()
         };
         assert_eq!(Precision::F16.dtype(&tier(true)).unwrap(), DType::F16);
         assert_eq!(Precision::F32.dtype(&tier(false)).unwrap(), DType::F32);
         let error = Precision::F16.dtype(&tier(false)).unwrap_err().to_string();
-        assert!(error.contains("SHADER_F16") && error.contains("--precision f32"), "{error}");
+        assert!(
+            error.contains("SHADER_F16") && error.contains("--precision f32"),
+            "{error}"
+        );
     }
 }

@@ -12,16 +12,30 @@ fn model() -> String {
 }
 
 fn image() -> String {
-    format!("{}/tests/reference/teacher/image.png", env!("CARGO_MANIFEST_DIR"))
+    format!(
+        "{}/tests/reference/teacher/image.png",
+        env!("CARGO_MANIFEST_DIR")
+    )
 }
 
 fn attention(image: &str, out: &Path) -> Vec<String> {
     let model = model();
-    ["attention", "--model", &model, "--image", image, "--text", "a red circle", "--steps", "2", "--out"]
-        .into_iter()
-        .map(str::to_owned)
-        .chain([out.display().to_string()])
-        .collect()
+    [
+        "attention",
+        "--model",
+        &model,
+        "--image",
+        image,
+        "--text",
+        "a red circle",
+        "--steps",
+        "2",
+        "--out",
+    ]
+    .into_iter()
+    .map(str::to_owned)
+    .chain([out.display().to_string()])
+    .collect()
 }
 
 /// Runs and asserts that it is refused with `parts` in the message, and that `dir` holds what it held before.
@@ -33,7 +47,10 @@ fn refused_cleanly(dir: &Path, args: &[String], parts: &[&str]) {
 }
 
 fn files(dir: &Path) -> Vec<PathBuf> {
-    let mut found: Vec<_> = fs::read_dir(dir).unwrap().map(|f| f.unwrap().path()).collect();
+    let mut found: Vec<_> = fs::read_dir(dir)
+        .unwrap()
+        .map(|f| f.unwrap().path())
+        .collect();
     found.sort();
     found
 }
@@ -59,7 +76,10 @@ fn images_that_cannot_be_read_are_named() {
         refused_cleanly(dir.path(), &args, &[name, reason]);
     }
     let missing = dir.path().join("missing.png");
-    let args = attention(missing.to_str().unwrap(), &dir.path().join("maps.safetensors"));
+    let args = attention(
+        missing.to_str().unwrap(),
+        &dir.path().join("maps.safetensors"),
+    );
     refused_cleanly(dir.path(), &args, &["missing.png", "No such file"]);
 }
 
@@ -68,13 +88,29 @@ fn data_sets_that_cannot_be_read_are_named() {
     let dir = tempfile::tempdir().unwrap();
     let targets = |data: &Path| -> Vec<String> {
         let (model, out) = (model(), dir.path().join("out"));
-        ["targets", "--diffusion", &model, "--data", data.to_str().unwrap(), "--out", out.to_str().unwrap()]
-            .map(str::to_owned)
-            .to_vec()
+        [
+            "targets",
+            "--diffusion",
+            &model,
+            "--data",
+            data.to_str().unwrap(),
+            "--out",
+            out.to_str().unwrap(),
+        ]
+        .map(str::to_owned)
+        .to_vec()
     };
-    refused_cleanly(dir.path(), &targets(&dir.path().join("none.json")), &["none.json", "No such file"]);
+    refused_cleanly(
+        dir.path(),
+        &targets(&dir.path().join("none.json")),
+        &["none.json", "No such file"],
+    );
     let bad: [(&str, &str, &[&str]); 3] = [
-        ("a.jsonl", "{\"image\": 3, \"messages\": []}", &["line 1", "field `image`", "found 3"]),
+        (
+            "a.jsonl",
+            "{\"image\": 3, \"messages\": []}",
+            &["line 1", "field `image`", "found 3"],
+        ),
         (
             "b.json",
             r#"[{"image": "x.png", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": " "}]}]"#,
@@ -98,9 +134,21 @@ fn adapters_that_are_not_there_or_too_small_are_refused() {
         args.extend(extra.map(str::to_owned));
         args
     };
-    refused_cleanly(dir.path(), &with(["--adapter", "Voodoo 2"]), &["Voodoo 2", "this machine has"]);
-    refused_cleanly(dir.path(), &with(["--adapter", "77"]), &["77", "this machine has"]);
-    refused_cleanly(dir.path(), &with(["--memory-limit", "0"]), &["out of GPU memory", "smaller"]);
+    refused_cleanly(
+        dir.path(),
+        &with(["--adapter", "Voodoo 2"]),
+        &["Voodoo 2", "this machine has"],
+    );
+    refused_cleanly(
+        dir.path(),
+        &with(["--adapter", "77"]),
+        &["77", "this machine has"],
+    );
+    refused_cleanly(
+        dir.path(),
+        &with(["--memory-limit", "0"]),
+        &["out of GPU memory", "smaller"],
+    );
 }
 
 #[test]
@@ -121,7 +169,10 @@ fn a_full_disk_leaves_nothing_half_written() {
         let mut command = Command::new("bash");
         // The signal would end the program; ignored, the write fails as it does on a full disk. 4 blocks of 1 KiB.
         command.args(["-c", "trap '' XFSZ; ulimit -f 4; exec \"$@\"", "bash"]);
-        command.arg(plain.get_program()).args(plain.get_args()).args(args);
+        command
+            .arg(plain.get_program())
+            .args(plain.get_args())
+            .args(args);
         // Keeps the driver's shader cache from meeting the limit.
         command.env("MESA_SHADER_CACHE_DISABLE", "true");
         command.output().unwrap()
@@ -129,7 +180,10 @@ fn a_full_disk_leaves_nothing_half_written() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("maps.safetensors");
     let error = refused(&limited(&attention(&image(), &out)));
-    assert!(error.contains("maps.safetensors") && error.contains("too large"), "{error}");
+    assert!(
+        error.contains("maps.safetensors") && error.contains("too large"),
+        "{error}"
+    );
     assert!(files(dir.path()).is_empty(), "{:?}", files(dir.path()));
 
     fs::copy(image(), dir.path().join("image.png")).unwrap();
@@ -138,14 +192,32 @@ fn a_full_disk_leaves_nothing_half_written() {
     fs::write(&data, line).unwrap();
     let store = dir.path().join("store");
     let (model, data) = (model(), data.display().to_string());
-    let args = ["targets", "--diffusion", &model, "--data", &data, "--out", store.to_str().unwrap()];
-    let args: Vec<String> =
-        args.into_iter().chain(["--mode", "noised", "--steps", "1"]).map(str::to_owned).collect();
+    let args = [
+        "targets",
+        "--diffusion",
+        &model,
+        "--data",
+        &data,
+        "--out",
+        store.to_str().unwrap(),
+    ];
+    let args: Vec<String> = args
+        .into_iter()
+        .chain(["--mode", "noised", "--steps", "1"])
+        .map(str::to_owned)
+        .collect();
     let error = refused(&limited(&args));
-    assert!(error.contains("store") && error.contains("too large"), "{error}");
+    assert!(
+        error.contains("store") && error.contains("too large"),
+        "{error}"
+    );
     assert!(files(&store).is_empty(), "{:?}", files(&store));
     // With room again, the same command does the work.
     let again = program().args(&args).output().unwrap();
-    assert!(again.status.success(), "{}", String::from_utf8_lossy(&again.stderr));
+    assert!(
+        again.status.success(),
+        "{}",
+        String::from_utf8_lossy(&again.stderr)
+    );
     assert_eq!(files(&store).len(), 2);
 }
