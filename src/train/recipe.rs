@@ -228,7 +228,7 @@ impl Training {
                 p.metrics.step_ms = started.elapsed().as_secs_f64() * 1e3;
             }
             let stop = observer.interrupted();
-            if stop || (every > 0 && self.step % every == 0) || self.step == total {
+            if stop || (every > 0 && self.step.is_multiple_of(every)) || self.step == total {
                 if let Some(done) = pending.take() {
                     self.report(gpu, done, &mut log, observer)?;
                 }
