@@ -179,6 +179,28 @@ impl Mask {
         Self { side, cover }
     }
 
+    /// Share covered of each cell of a coarser grid of any side, row by row (area average).
+    pub fn averaged(&self, side: usize) -> Vec<f32> {
+        let scale = self.side as f32 / side as f32;
+        let overlap = |cell: usize, pixel: usize| {
+            let (low, high) = (cell as f32 * scale, (cell + 1) as f32 * scale);
+            (high.min(pixel as f32 + 1.0) - low.max(pixel as f32)).max(0.0) / scale
+        };
+        let mut cells = vec![0.0; side * side];
+        for (i, cell) in cells.iter_mut().enumerate() {
+            let range = |c: usize| {
+                let last = ((c + 1) as f32 * scale).ceil() as usize;
+                (c as f32 * scale) as usize..last.min(self.side)
+            };
+            for y in range(i / side) {
+                for x in range(i % side) {
+                    *cell += self.at(x, y) * overlap(i / side, y) * overlap(i % side, x);
+                }
+            }
+        }
+        cells
+    }
+
     /// At least half covered, cell by cell.
     pub fn inside(&self) -> Vec<bool> {
         self.cover.iter().map(|&c| c >= 0.5).collect()

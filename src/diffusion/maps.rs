@@ -1,6 +1,7 @@
 //! Word maps from the U-Net's cross-attention: which layers, averaged how.
 
 use crate::Result;
+use crate::autograd::Var;
 use crate::ops::binary::{Binary, binary};
 use crate::ops::resize_bilinear::resize_bilinear;
 use crate::ops::unary::{Unary, unary};
@@ -67,11 +68,13 @@ struct LayerSum {
 
 /// Collects cross-attention maps over a U-Net's layers and over steps; the hook of [`super::Unet::forward`].
 ///
-/// It is handed probabilities already averaged over heads, and keeps one sum a layer.
+/// It is handed probabilities already averaged over heads, and keeps one sum a layer; made by
+/// [`Capture::on_tape`] it keeps the maps of one forward with their gradients instead.
 pub struct Capture {
     layers: MapLayers,
     latent_side: usize,
     sums: Vec<LayerSum>,
+    tape: Option<Vec<Var>>,
 }
 
 impl Capture {
@@ -81,7 +84,31 @@ impl Capture {
             layers,
             latent_side,
             sums: Vec::new(),
+            tape: None,
         }
+    }
+
+    /// A capture that keeps each layer's probabilities on the tape, for a loss on them.
+    pub fn on_tape(layers: MapLayers, latent_side: usize) -> Self {
+        Capture {
+            tape: Some(Vec::new()),
+            ..Capture::new(layers, latent_side)
+        }
+    }
+
+    /// Whether maps are kept on the tape.
+    pub fn keeps_tape(&self) -> bool {
+        self.tape.is_some()
+    }
+
+    /// Keeps one layer's probabilities f32 `[batch, side², tokens]`, mean over heads.
+    pub(super) fn keep(&mut self, probs: Var) {
+        self.tape.get_or_insert_default().push(probs);
+    }
+
+    /// The maps kept on the tape, one `[batch, side², tokens]` a layer.
+    pub fn kept(self) -> Vec<Var> {
+        self.tape.unwrap_or_default()
     }
 
     /// Whether the layer `name` (`down_blocks.1.attentions.0.transformer_blocks.0`) with a query grid of `side`² is

@@ -6,6 +6,7 @@ use crate::Result;
 use crate::autograd::{self, Var};
 use crate::nn::{Conv2d, GroupNorm, LayerNorm, Linear, Loader};
 use crate::ops::attention::{AttentionMask, AttentionShape};
+use crate::ops::attention_tap::AttentionTap;
 use crate::ops::unary::Unary;
 use crate::tensor::Tensor;
 
@@ -24,6 +25,21 @@ pub struct TransformerShape {
     pub groups: usize,
     /// The projections in and out are linear layers (Stable Diffusion v2) instead of 1×1 convolutions.
     pub linear: bool,
+}
+
+/// What a cross-attention is to give beside its output.
+#[derive(Clone, Copy)]
+enum Wanted {
+    Nothing,
+    Values,
+    Tape,
+}
+
+/// Its probabilities f32 `[batch, pixels, tokens]`, mean over heads.
+enum Probs {
+    Nothing,
+    Values(Tensor),
+    Tape(Var),
 }
 
 /// `Transformer2DModel`: group norm, projection, blocks, projection, residual.
@@ -60,10 +76,16 @@ impl Transformer2d {
         h = h.reshape(&[map_shape[0], height * width, map_shape[3]]);
         for (i, block) in self.blocks.iter().enumerate() {
             let name = format!("{}.transformer_blocks.{i}", self.name);
-            let wanted = capture.as_ref().is_some_and(|c| c.wants(&name, height));
+            let wanted = match &capture {
+                Some(c) if c.wants(&name, height) && c.keeps_tape() => Wanted::Tape,
+                Some(c) if c.wants(&name, height) => Wanted::Values,
+                _ => Wanted::Nothing,
+            };
             let (out, probs) = block.forward(&h, text, wanted);
-            if let (Some(capture), Some(probs)) = (&mut capture, probs) {
-                capture.add(&name, height, width, probs);
+            match (&mut capture, probs) {
+                (Some(capture), Probs::Values(probs)) => capture.add(&name, height, width, probs),
+                (Some(capture), Probs::Tape(probs)) => capture.keep(probs),
+                _ => {}
             }
             h = out;
         }
@@ -120,15 +142,20 @@ impl Block {
     }
 
     /// `x` `[batch, pixels, channels]`; with `wanted` also the cross-attention's mean probabilities.
-    fn forward(&self, x: &Var, text: &Var, wanted: bool) -> (Var, Option<Tensor>) {
+    fn forward(&self, x: &Var, text: &Var, wanted: Wanted) -> (Var, Probs) {
         let h = self.norm1.forward(x);
         let x = x.add(&self.attn1.forward(&h, &h));
         let h = self.norm2.forward(&x);
-        let (h, probs) = if wanted {
-            let (h, probs) = self.attn2.forward_captured(&h, text);
-            (h, Some(probs))
-        } else {
-            (self.attn2.forward(&h, text), None)
+        let (h, probs) = match wanted {
+            Wanted::Nothing => (self.attn2.forward(&h, text), Probs::Nothing),
+            Wanted::Values => {
+                let (h, probs) = self.attn2.forward_captured(&h, text);
+                (h, Probs::Values(probs))
+            }
+            Wanted::Tape => {
+                let (h, probs) = self.attn2.forward_tapped(&h, text);
+                (h, Probs::Tape(probs))
+            }
         };
         let x = x.add(&h);
         (x.add(&self.ff.forward(&self.norm3.forward(&x))), probs)
@@ -171,6 +198,28 @@ impl Attention {
     }
 
     /// Also the probabilities' mean over heads, f32 `[batch, pixels, tokens]`, read from q, k and the log-sum-exp.
+    /// With the probabilities f32 `[batch, pixels, tokens]`, mean over heads, on the tape.
+    fn forward_tapped(&self, x: &Var, context: &Var) -> (Var, Var) {
+        let (batch, pixels, tokens) = (x.dim(0), x.dim(1), context.dim(1));
+        let gpu = x.value().gpu();
+        let rows: Vec<u32> = (0..(batch * pixels) as u32).collect();
+        let columns: Vec<u32> = (0..batch).flat_map(|_| 0..tokens as u32).collect();
+        let tap = AttentionTap {
+            query_rows: Tensor::from_u32(gpu, &rows, &[batch * pixels]),
+            key_columns: Tensor::from_u32(gpu, &columns, &[batch, tokens]),
+        };
+        let (h, probs) = autograd::attention_tapped(
+            &self.to_q.forward(x),
+            &self.to_k.forward(context),
+            &self.to_v.forward(context),
+            self.shape,
+            &AttentionMask::default(),
+            &tap,
+        );
+        let mean = probs.mean(&[1], false).reshape(&[batch, pixels, tokens]);
+        (self.to_out.forward(&h), mean)
+    }
+
     fn forward_captured(&self, x: &Var, context: &Var) -> (Var, Tensor) {
         let (h, probs) = autograd::attention_captured(
             &self.to_q.forward(x),

@@ -1,7 +1,7 @@
 //! The mini teacher: a VAE on pixels, then U-Net and text encoder together on noise prediction.
 //!
-//! Two things differ from training a large model, both so that words come to matter within a few thousand steps:
-//! the latents are scaled down, which moves the noise level at which an object can be made out but its colour and
+//! Three things differ from training a large model, so that words come to matter within a thousand steps: a grounding
+//! loss asks each caption word's cross-attention to fall on its object in the training scenes; the latents are scaled down, which moves the noise level at which an object can be made out but its colour and
 //! shape cannot into the middle of the schedule; and the U-Net starts as the identity (it predicts its input as
 //! the noise, nearly right at such levels), so that training starts at what is left to say.
 
@@ -12,13 +12,13 @@ use serde::Deserialize;
 use super::schedule::{Schedule, Trainer};
 use super::{Figure, Losses, Scenes, Watch, copy_layout};
 use crate::autograd::{Var, no_grad};
-use crate::data::scenes::{Dice, SIDE, Scene, Split};
+use crate::data::scenes::{Dice, Mask, SIDE, Scene, Split};
 use crate::diffusion::clip_text::{ClipText, ClipTextConfig};
 use crate::diffusion::clip_tokenizer::ClipTokenizer;
 use crate::diffusion::ddim::{NoiseSchedule, SchedulerConfig};
 use crate::diffusion::unet::{Unet, UnetConfig};
 use crate::diffusion::vae::{Vae, VaeConfig};
-use crate::diffusion::{MapLayers, StableDiffusion, TeacherOptions, TextChunk, Trajectory};
+use crate::diffusion::{Capture, MapLayers, StableDiffusion, TeacherOptions, TextChunk, Trajectory};
 use crate::gpu::Gpu;
 use crate::nn::{LoadOptions, Loader, Parameter};
 use crate::ops::unary::Unary;
@@ -71,6 +71,9 @@ pub struct UnetPart {
     pub token_std: f64,
     /// Factor on the initial query and key weights of the cross-attention.
     pub query_key_gain: f64,
+    /// Weight of the grounding loss: (1 − the share of a caption word's attention that falls on its object)²,
+    /// mean over words and over the layers that make maps (TokenCompose, Wang et al. 2023). 0: none.
+    pub grounding: f64,
 }
 
 /// `[measure]`
@@ -320,6 +323,14 @@ pub fn pointing(
 
 /// The mean map of the tokens of `word`, which a caption holds once.
 fn word_map(caption: &str, word: &str, tokens: &crate::diffusion::TokenMaps) -> Result<Vec<f32>> {
+    let inside = word_tokens(caption, word, &tokens.offsets)?;
+    let weight = 1.0 / inside.len().max(1) as f32;
+    let weights: Vec<(usize, f32)> = inside.into_iter().map(|i| (i, weight)).collect();
+    Ok(tokens.weighted(&weights))
+}
+
+/// Indices of the tokens of `word`, by their spans in the caption.
+fn word_tokens(caption: &str, word: &str, offsets: &[(usize, usize)]) -> Result<Vec<usize>> {
     // Captions are ASCII: bytes are characters.
     let start = caption
         .match_indices(word)
@@ -330,15 +341,12 @@ fn word_map(caption: &str, word: &str, tokens: &crate::diffusion::TokenMaps) -> 
                 && edge(caption[at + word.len()..].chars().next())
         })
         .ok_or_else(|| Error::Input(format!("no word `{word}` in {caption:?}")))?;
-    let inside: Vec<usize> = (0..tokens.offsets.len())
+    Ok((0..offsets.len())
         .filter(|&i| {
-            let (from, to) = tokens.offsets[i];
+            let (from, to) = offsets[i];
             from >= start && to <= start + word.len() && from < to
         })
-        .collect();
-    let weight = 1.0 / inside.len().max(1) as f32;
-    let weights: Vec<(usize, f32)> = inside.into_iter().map(|i| (i, weight)).collect();
-    Ok(tokens.weighted(&weights))
+        .collect())
 }
 
 /// Latents of all training scenes on the host.
@@ -375,13 +383,15 @@ impl Denoising<'_> {
         let shape = [batch, side, side, channels];
         for step in 0..steps {
             let mut ids = Vec::new();
+            let mut regions = Vec::new();
             let mut timesteps = Vec::new();
             let (mut noised, mut noise, mut roots) = (Vec::new(), Vec::new(), Vec::new());
             for place in 0..batch {
                 let number = dice.below(self.scenes.len());
                 // A picture is described anew each time.
                 let variant = (step * batch + place) as u64;
-                let (caption, _) = self.scenes[number].recaptioned(self.recipe.seed, variant);
+                let (caption, words) = self.scenes[number].recaptioned(self.recipe.seed, variant);
+                regions.push(self.regions(&caption, &words)?);
                 ids.extend(self.tokenizer.ids(&caption)?);
                 let timestep = dice.below(part.timesteps);
                 let bar = self.noise.alpha_bar(timestep as isize);
@@ -399,13 +409,76 @@ impl Denoising<'_> {
             let noise = Var::constant(Tensor::from_f32(self.gpu, &noise, &shape));
             let roots = Var::constant(Tensor::from_f32(self.gpu, &roots, &[batch, 1, 1, 1]));
             let text = self.text.forward(&ids);
-            let predicted = self.unet.forward(&x, &timesteps, &text, None);
+            let mut capture = Capture::on_tape(MapLayers::default(), side);
+            let hook = (part.grounding > 0.0).then_some(&mut capture);
+            let predicted = self.unet.forward(&x, &timesteps, &text, hook);
             let loss = predicted.sub(&noise).mul(&roots).square().mean_all();
-            trainer.step(&loss.backward());
+            let total = match self.grounding(capture, &regions) {
+                Some(grounding) => loss.add(&grounding.scale(part.grounding as f32)),
+                None => loss.clone(),
+            };
+            trainer.step(&total.backward());
             losses.push(self.gpu, step as u64, loss.value().read_later())?;
         }
         losses.finish()
     }
+
+    /// A caption's words: their tokens' weights and their objects' masks.
+    fn regions(&self, caption: &str, words: &[(String, Mask)]) -> Result<Vec<Region>> {
+        let chunk = self.tokenizer.chunks(caption)?.swap_remove(0);
+        words
+            .iter()
+            .map(|(word, mask)| {
+                Ok(Region {
+                    // Offsets start after BOS.
+                    tokens: word_tokens(caption, word, &chunk.offsets)?.iter().map(|t| t + 1).collect(),
+                    mask: mask.clone(),
+                })
+            })
+            .collect()
+    }
+
+    /// (1 − Σ_mask A / Σ A)², mean over the batch's words and the captured layers.
+    fn grounding(&self, capture: Capture, regions: &[Vec<Region>]) -> Option<Var> {
+        let words: usize = regions.iter().map(Vec::len).sum();
+        let layers = capture.kept();
+        let constant = |values: &[f32], shape: &[usize]| {
+            Var::constant(Tensor::from_f32(self.gpu, values, shape))
+        };
+        let mut sum: Option<Var> = None;
+        for probs in &layers {
+            let [batch, pixels, tokens] = *probs.shape() else {
+                unreachable!("captured maps are [batch, pixels, tokens]")
+            };
+            // Every word picks its sample's tokens: attention [words, pixels] = pick [words, batch·tokens] · probs.
+            let mut pick = vec![0.0; words * batch * tokens];
+            let mut masks = Vec::with_capacity(words * pixels);
+            let all = regions.iter().enumerate().flat_map(|(b, r)| r.iter().map(move |r| (b, r)));
+            for (word, (b, region)) in all.enumerate() {
+                for &token in &region.tokens {
+                    pick[(word * batch + b) * tokens + token] = 1.0;
+                }
+                masks.extend(region.mask.averaged(pixels.isqrt()));
+            }
+            let by_token = probs.permute(&[0, 2, 1]).reshape(&[batch * tokens, pixels]);
+            let attention = constant(&pick, &[words, batch * tokens]).matmul(&by_token);
+            let inside = attention.mul(&constant(&masks, &[words, pixels])).sum(&[1], false);
+            let share = inside.div(&attention.sum(&[1], false).add_scalar(1e-8));
+            let loss = share.scale(-1.0).add_scalar(1.0).square().mean_all();
+            sum = Some(match sum {
+                Some(sum) => sum.add(&loss),
+                None => loss,
+            });
+        }
+        sum.map(|sum| sum.scale(1.0 / layers.len() as f32))
+    }
+}
+
+/// A caption word on the teacher's side.
+struct Region {
+    /// Indices of its tokens.
+    tokens: Vec<usize>,
+    mask: Mask,
 }
 
 /// A scene as the VAE takes it: resized, in −1…1, channels last.
