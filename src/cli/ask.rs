@@ -1,6 +1,14 @@
 //! `ask`: a vision-language model's answer about an image.
 
+use std::io::Write;
 use std::path::PathBuf;
+
+use super::{Context, student};
+use crate::data::ImageRef;
+use crate::tensor::{HostTensor, save_safetensors};
+use crate::vlm::Sampling;
+use crate::vlm::processor::labels::Tail;
+use crate::{Error, Result};
 
 /// Options of `ask`.
 #[derive(Debug, clap::Args)]
@@ -30,4 +38,61 @@ pub struct Args {
     /// Also write `logits`, `tokens` and `generated`
     #[arg(long, value_name = "FILE.safetensors")]
     pub logits: Option<PathBuf>,
+}
+
+/// Answers one question about one image; the answer goes to standard output as it comes.
+///
+/// # Errors
+/// A model, adapter or image that cannot be read, a prompt longer than the context, what the GPU reports.
+pub fn run(args: &Args, context: &Context) -> Result<()> {
+    if !(args.temperature >= 0.0 && args.temperature.is_finite()) {
+        return Err(Error::Input(format!(
+            "--temperature: {} found, a number from 0 expected",
+            args.temperature
+        )));
+    }
+    let picture = ImageRef::Path(args.image.clone()).open()?;
+    let model = student::open(&args.model, args.lora.as_deref(), context)?;
+    let turns = [student::question(&args.prompt)];
+    let prompt = model.prepare_with(&[picture], &turns, Tail::GenerationPrompt)?;
+    let logits = match &args.logits {
+        Some(_) => model.prompt_logits(&prompt)?,
+        None => Vec::new(),
+    };
+    let sampling = Sampling {
+        temperature: args.temperature,
+        seed: context.seed(0),
+    };
+    let interrupt = &context.interrupt;
+    let mut broken = None;
+    let generated = model.generate(&prompt, args.max_tokens, sampling, &mut |_, text| {
+        let mut out = std::io::stdout().lock();
+        if let Err(error) = out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+            broken.get_or_insert(error);
+        }
+    })?;
+    interrupt.check()?;
+    if let Some(error) = broken {
+        return Err(Error::io(super::context::STANDARD_OUTPUT, error));
+    }
+    context.print("")?;
+    if let Some(path) = &args.logits {
+        let tokens = prompt.tokens();
+        let tensors = [
+            (
+                "logits".to_string(),
+                HostTensor::f32(&[tokens, model.vocabulary()], &logits),
+            ),
+            (
+                "tokens".to_string(),
+                HostTensor::u32(&[tokens], &prompt.ids),
+            ),
+            (
+                "generated".to_string(),
+                HostTensor::u32(&[generated.tokens.len()], &generated.tokens),
+            ),
+        ];
+        save_safetensors(path, &tensors, None)?;
+    }
+    Ok(())
 }

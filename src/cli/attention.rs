@@ -5,18 +5,26 @@ use std::path::{Path, PathBuf};
 
 use image::RgbImage;
 
-use super::Context;
 use super::targets::Mode;
+use super::{Context, student};
+use crate::align::loss::aggregated;
+use crate::align::maps::{SampleWords, min_max_host, word_maps};
+use crate::align::options::Layers;
 use crate::align::picture::{file_stem, overlay, save_png};
 use crate::align::targets::{Item, TargetMaker, WordMaps};
-use crate::align::words::Case;
+use crate::align::words::{Case, Word};
+use crate::autograd::{Var, no_grad};
 use crate::data::ImageRef;
+use crate::data::drawn::CAPTION_PROMPT;
 use crate::diffusion::maps::MAP_SIDE;
 use crate::diffusion::pipeline::centre_square;
 use crate::diffusion::{MapLayers, StableDiffusion, TeacherOptions};
 use crate::ops::permute::permute;
 use crate::tensor::{HostTensor, Tensor, save_safetensors};
+use crate::train::batch::answer_words;
 use crate::train::config::Precision;
+use crate::vlm::Taps;
+use crate::vlm::processor::labels::Tail;
 use crate::{Error, Result};
 
 /// Options of `attention`.
@@ -69,7 +77,100 @@ pub struct Args {
 /// # Errors
 /// A model or image that cannot be read, a text without a word, a file that cannot be written, what the GPU reports.
 pub fn run(args: &Args, context: &Context) -> Result<()> {
-    from_diffusion(args, context)
+    match args.model.join("model_index.json").is_file() {
+        true => from_diffusion(args, context),
+        false => from_student(args, context),
+    }
+}
+
+/// The maps of a vision-language model's answer, teacher-forced.
+fn from_student(args: &Args, context: &Context) -> Result<()> {
+    let (aggregate, layers) = (
+        parsed("aggregate", &args.aggregate)?,
+        parsed::<Layers>("layers", &args.layers)?,
+    );
+    let image = ImageRef::Path(args.image.clone()).open()?;
+    let model = student::open(&args.model, args.lora.as_deref(), context)?;
+    let aligner = student::aligner(aggregate, model.heads(), args.lora.as_deref(), context)?;
+    let available: Vec<usize> = (0..model.hooked_layers()).collect();
+    let layers = layers.choose(&available).map_err(Error::Input)?;
+    let turns = [student::question(
+        args.prompt.as_deref().unwrap_or(CAPTION_PROMPT),
+    )];
+    let pictures = [image];
+    let prepared = model.prepare_with(&pictures, &turns, Tail::Answer(&args.text))?;
+    let found = answer_words(&prepared, Case::Lower);
+    let words = SampleWords::new(&found);
+    if words.is_empty() {
+        return Err(Error::Input(format!(
+            "--text {:?} has no word, so there is nothing to map; give an answer with a word",
+            args.text
+        )));
+    }
+    let gpu = context.gpu()?;
+    let rows: Vec<u32> = words.rows.iter().map(|&row| row as u32).collect();
+    let taps = Taps {
+        layers: &layers,
+        rows: Tensor::from_u32(gpu, &rows, &[rows.len()]),
+        columns: Tensor::from_u32(gpu, &prepared.columns, &[1, prepared.columns.len()]),
+    };
+    let maps: Vec<Var> = no_grad(|| -> Result<Vec<Var>> {
+        let output = model.forward(&[&prepared], Some(&taps))?;
+        let samples = [(&words, prepared.grid)];
+        Ok(output
+            .taps
+            .iter()
+            .filter_map(|tap| word_maps(gpu, tap, &samples))
+            .collect())
+    })?;
+    let raw = no_grad(|| aggregated(&maps, aggregate, &aligner).value().to_f32())?;
+    let side = MAP_SIDE * MAP_SIDE;
+    let result = WordMaps {
+        words: words
+            .words
+            .iter()
+            .map(|text| Word {
+                text: text.clone(),
+                spans: Vec::new(),
+            })
+            .collect(),
+        maps: raw.chunks(side).flat_map(min_max_host).collect(),
+        raw,
+    };
+    let mut tensors = word_tensors(&result);
+    if args.per_head {
+        // [words, R, R, heads] of each layer → [layers, heads, words, R, R].
+        let mut values = Vec::new();
+        for map in &maps {
+            values.extend(permute(map.value(), &[3, 0, 1, 2]).to_f32()?);
+        }
+        let shape = [
+            maps.len(),
+            model.heads(),
+            result.words.len(),
+            MAP_SIDE,
+            MAP_SIDE,
+        ];
+        tensors.push(("probs".into(), HostTensor::f32(&shape, &values)));
+    }
+    let mut metadata = word_metadata(&result)?;
+    metadata.insert("aggregate".into(), args.aggregate.clone());
+    metadata.insert("layers".into(), args.layers.clone());
+    save_safetensors(&args.out, &tensors, Some(metadata))?;
+    if let Some(dir) = &args.png {
+        write_pictures(dir, &pictures[0], &result)?;
+    }
+    context.print(format_args!(
+        "{} word maps: {}",
+        result.words.len(),
+        args.out.display()
+    ))
+}
+
+/// An option's value, with the option named where it cannot be read.
+fn parsed<T: std::str::FromStr<Err = String>>(option: &str, text: &str) -> Result<T> {
+    text.parse()
+        .map_err(|e| Error::Input(format!("--{option}: {e}")))
 }
 
 /// The maps of a diffusion model, with the latents, text states and first noise prediction beside them.

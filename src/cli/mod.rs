@@ -11,6 +11,7 @@ use clap::{Parser, Subcommand};
 use crate::{Error, Result};
 
 mod context;
+mod student;
 
 pub mod ask;
 pub mod attention;
@@ -57,6 +58,8 @@ pub enum Command {
     Pretrain(pretrain::Args),
     /// Make the word maps of every sample of a data set, from a diffusion model
     Targets(targets::Args),
+    /// Ask a vision-language model about an image
+    Ask(ask::Args),
     /// Fine-tune a vision-language model towards its targets
     Train(train::Args),
 }
@@ -68,6 +71,7 @@ impl Command {
             Self::Devices(args) => devices::run(args, context),
             Self::Pretrain(args) => pretrain::run(args, context),
             Self::Targets(args) => targets::run(args, context),
+            Self::Ask(args) => ask::run(args, context),
             Self::Train(args) => train::run(args, context),
         }
     }

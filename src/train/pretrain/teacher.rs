@@ -18,7 +18,9 @@ use crate::diffusion::clip_tokenizer::ClipTokenizer;
 use crate::diffusion::ddim::{NoiseSchedule, SchedulerConfig};
 use crate::diffusion::unet::{Unet, UnetConfig};
 use crate::diffusion::vae::{Vae, VaeConfig};
-use crate::diffusion::{Capture, MapLayers, StableDiffusion, TeacherOptions, TextChunk, Trajectory};
+use crate::diffusion::{
+    Capture, MapLayers, StableDiffusion, TeacherOptions, TextChunk, Trajectory,
+};
 use crate::gpu::Gpu;
 use crate::nn::{LoadOptions, Loader, Parameter};
 use crate::ops::unary::Unary;
@@ -431,7 +433,10 @@ impl Denoising<'_> {
             .map(|(word, mask)| {
                 Ok(Region {
                     // Offsets start after BOS.
-                    tokens: word_tokens(caption, word, &chunk.offsets)?.iter().map(|t| t + 1).collect(),
+                    tokens: word_tokens(caption, word, &chunk.offsets)?
+                        .iter()
+                        .map(|t| t + 1)
+                        .collect(),
                     mask: mask.clone(),
                 })
             })
@@ -453,7 +458,10 @@ impl Denoising<'_> {
             // Every word picks its sample's tokens: attention [words, pixels] = pick [words, batch·tokens] · probs.
             let mut pick = vec![0.0; words * batch * tokens];
             let mut masks = Vec::with_capacity(words * pixels);
-            let all = regions.iter().enumerate().flat_map(|(b, r)| r.iter().map(move |r| (b, r)));
+            let all = regions
+                .iter()
+                .enumerate()
+                .flat_map(|(b, r)| r.iter().map(move |r| (b, r)));
             for (word, (b, region)) in all.enumerate() {
                 for &token in &region.tokens {
                     pick[(word * batch + b) * tokens + token] = 1.0;
@@ -462,7 +470,9 @@ impl Denoising<'_> {
             }
             let by_token = probs.permute(&[0, 2, 1]).reshape(&[batch * tokens, pixels]);
             let attention = constant(&pick, &[words, batch * tokens]).matmul(&by_token);
-            let inside = attention.mul(&constant(&masks, &[words, pixels])).sum(&[1], false);
+            let inside = attention
+                .mul(&constant(&masks, &[words, pixels]))
+                .sum(&[1], false);
             let share = inside.div(&attention.sum(&[1], false).add_scalar(1e-8));
             let loss = share.scale(-1.0).add_scalar(1.0).square().mean_all();
             sum = Some(match sum {

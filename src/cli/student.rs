@@ -1,0 +1,99 @@
+//! Opening a vision-language model for `ask` and `attention`.
+
+use std::path::{Path, PathBuf};
+
+use super::Context;
+use crate::align::aligner::{Aligner, AlignerShape};
+use crate::align::loss::channels;
+use crate::align::options::{Aggregate, AlignerActivation, AlignerKind, AlignerNorm};
+use crate::error::{Error, Result};
+use crate::nn::{LoadOptions, load_lora, lora_config};
+use crate::train::config::{Config, EMBEDDED, Precision};
+use crate::vlm::Student;
+use crate::vlm::processor::template::Message;
+
+/// The model at `dir` (`mini`: the embedded one, from the working files of `scratch`), with the LoRA
+/// adapter of a PEFT folder or of a run directory.
+///
+/// # Errors
+/// A model or adapter that cannot be read or does not fit.
+pub(super) fn open(dir: &Path, lora: Option<&Path>, context: &Context) -> Result<Student> {
+    let lora = lora.map(peft_folder);
+    let options = LoadOptions {
+        lora: lora.as_deref().map(lora_config).transpose()?,
+        activations: context.activations(Precision::default())?,
+        ..LoadOptions::default()
+    };
+    let gpu = context.gpu()?;
+    let student = match dir == Path::new(EMBEDDED) {
+        true => {
+            let scratch = tempfile::tempdir().map_err(|e| Error::io(dir, e))?;
+            let unpacked = crate::embedded::unpack("student", scratch.path())?;
+            Student::open(unpacked, gpu, options)?
+        }
+        false => Student::open(dir, gpu, options)?,
+    };
+    if let Some(lora) = &lora {
+        load_lora(lora, &student.parameters(), |name| {
+            student.rename_lora(name)
+        })?;
+    }
+    Ok(student)
+}
+
+/// A run directory's `lora/`, or the folder itself.
+fn peft_folder(dir: &Path) -> PathBuf {
+    match dir.join("lora/adapter_config.json").is_file() {
+        true => dir.join("lora"),
+        false => dir.to_path_buf(),
+    }
+}
+
+/// The aligner that `aggregate` needs: a run's, or none where one map comes out without it.
+///
+/// # Errors
+/// An aggregation with a learned part where `lora` is no run directory.
+pub(super) fn aligner(
+    aggregate: Aggregate,
+    heads: usize,
+    lora: Option<&Path>,
+    context: &Context,
+) -> Result<Aligner> {
+    let gpu = context.gpu()?;
+    let plain = AlignerShape {
+        kind: AlignerKind::None,
+        channels: 1,
+        hidden: 1,
+        norm: AlignerNorm::Instance,
+        activation: AlignerActivation::Relu6,
+    };
+    if channels(aggregate, heads) == 1 {
+        return Aligner::new(gpu, plain, 0);
+    }
+    let file = lora.map(|dir| dir.join("aligner.safetensors"));
+    let (Some(file), Some(run)) = (file.filter(|f| f.is_file()), lora) else {
+        return Err(Error::Input(format!(
+            "--aggregate {} has a learned part: give the run directory that trained it by --lora, \
+             or use mean-mean or max-max",
+            serde_json::to_value(aggregate)
+                .ok()
+                .as_ref()
+                .and_then(|v| v.as_str())
+                .unwrap_or("")
+        )));
+    };
+    let config = Config::load(run.join("config.toml"), &[])?;
+    let shape = AlignerShape {
+        kind: config.aligner.kind,
+        channels: channels(aggregate, heads),
+        hidden: config.aligner.hidden,
+        norm: config.aligner.norm,
+        activation: config.aligner.activation,
+    };
+    Aligner::open(gpu, &file, shape)
+}
+
+/// The user's turn about one image.
+pub(super) fn question(text: &str) -> Message {
+    Message::image_and_text(text)
+}
