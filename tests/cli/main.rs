@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod devices;
+mod student;
 mod support;
 mod teacher;
 mod usage;

@@ -1,0 +1,235 @@
+//! `ask`, `attention` and `train` with a vision-language model.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use safetensors::SafeTensors;
+use serde_json::Value;
+
+use crate::support::{refused_with, run, stderr, stdout};
+
+fn reference(path: &str) -> String {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/reference");
+    root.join(path).to_str().unwrap().to_owned()
+}
+
+fn case() -> Value {
+    let text = fs::read_to_string(reference("smolvlm/a/expected.json")).unwrap();
+    serde_json::from_str::<Value>(&text).unwrap()["cases"][0].clone()
+}
+
+fn f32s(bytes: &[u8], name: &str) -> Vec<f32> {
+    let file = SafeTensors::deserialize(bytes).unwrap();
+    bytemuck::pod_collect_to_vec(file.tensor(name).unwrap().data())
+}
+
+fn u32s(bytes: &[u8], name: &str) -> Vec<u32> {
+    let file = SafeTensors::deserialize(bytes).unwrap();
+    bytemuck::pod_collect_to_vec(file.tensor(name).unwrap().data())
+}
+
+/// Largest difference over the largest expected value.
+fn relative(actual: &[f32], expected: &[f32]) -> f32 {
+    assert_eq!(actual.len(), expected.len());
+    let most = expected.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+    let pairs = actual.iter().zip(expected);
+    pairs.fold(0.0f32, |m, (a, e)| m.max((a - e).abs())) / most
+}
+
+#[test]
+fn ask_writes_the_logits_and_tokens_of_transformers() {
+    let (dir, case) = (tempfile::tempdir().unwrap(), case());
+    let file = dir.path().join("logits.safetensors");
+    let output = run(&[
+        "ask",
+        "--model",
+        &reference("smolvlm/a"),
+        "--image",
+        &reference("mllama/images/wide.png"),
+        case["question"].as_str().unwrap(),
+        "--max-tokens",
+        "12",
+        "--logits",
+        file.to_str().unwrap(),
+    ]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let bytes = fs::read(&file).unwrap();
+    let list = |key: &str| serde_json::from_value::<Vec<u32>>(case[key].clone()).unwrap();
+    assert_eq!(u32s(&bytes, "tokens"), list("prompt_tokens"));
+    assert_eq!(u32s(&bytes, "generated"), list("generated"));
+    let logits = f32s(&bytes, "logits");
+    let expected = fs::read(reference("smolvlm/a/expected.safetensors")).unwrap();
+    // The fixture keeps the last rows only.
+    let expected = f32s(&expected, "wide.logits");
+    let tail = &logits[logits.len() - expected.len()..];
+    assert!(
+        relative(tail, &expected) < 1e-4,
+        "{}",
+        relative(tail, &expected)
+    );
+}
+
+#[test]
+fn attention_writes_the_maps_of_transformers() {
+    let (dir, case) = (tempfile::tempdir().unwrap(), case());
+    let (file, pictures) = (dir.path().join("maps.safetensors"), dir.path().join("png"));
+    let text = format!(" {}", case["answer"].as_str().unwrap());
+    let output = run(&[
+        "attention",
+        "--model",
+        &reference("smolvlm/a"),
+        "--image",
+        &reference("mllama/images/wide.png"),
+        "--prompt",
+        case["question"].as_str().unwrap(),
+        "--text",
+        &text,
+        "--out",
+        file.to_str().unwrap(),
+        "--png",
+        pictures.to_str().unwrap(),
+        "--per-head",
+    ]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let bytes = fs::read(&file).unwrap();
+    let expected = fs::read(reference("smolvlm/a/expected.safetensors")).unwrap();
+    let error = relative(&f32s(&bytes, "raw"), &f32s(&expected, "wide.mean"));
+    assert!(error < 1e-4, "{error}");
+    let words = case["words"].as_array().unwrap().len();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    assert_eq!(file.tensor("maps").unwrap().shape(), [words, 32, 32]);
+    assert_eq!(file.tensor("probs").unwrap().shape(), [3, 4, words, 32, 32]);
+    assert_eq!(fs::read_dir(pictures).unwrap().count(), words);
+}
+
+/// A run on the fixture's four samples without targets.
+fn config(dir: &Path, more: &str) -> PathBuf {
+    let path = dir.join("config.toml");
+    let text = format!(
+        "[model]\npath = '{}'\n[data]\npath = '{}'\nimages = '{}'\nshuffle = false\n\
+         [train]\nbatch = 2\nsteps = 3\n{more}",
+        reference("smolvlm/a"),
+        reference("train_smolvlm/data.jsonl"),
+        reference("mllama/images"),
+    );
+    fs::write(&path, text).unwrap();
+    path
+}
+
+#[test]
+fn train_writes_a_run_that_ask_and_resume_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let (config, root) = (config(dir.path(), ""), dir.path().join("run"));
+    let set = format!("run.dir={}", root.display());
+    let output = run(&["train", config.to_str().unwrap(), "--set", &set]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let metrics = fs::read_to_string(root.join("metrics.jsonl")).unwrap();
+    assert_eq!(metrics.lines().count(), 3);
+    for file in [
+        "config.toml",
+        "lora/adapter_config.json",
+        "lora/adapter_model.safetensors",
+        "aligner.safetensors",
+        "checkpoints/step-3/state.json",
+    ] {
+        assert!(root.join(file).is_file(), "{file}");
+    }
+    let output = run(&["train", "--resume", root.to_str().unwrap()]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(
+        fs::read_to_string(root.join("metrics.jsonl")).unwrap(),
+        metrics
+    );
+    let output = run(&[
+        "ask",
+        "--model",
+        &reference("smolvlm/a"),
+        "--lora",
+        root.to_str().unwrap(),
+        "--image",
+        &reference("mllama/images/tiny.png"),
+        "What is there?",
+        "--max-tokens",
+        "2",
+    ]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(!stdout(&output).is_empty());
+}
+
+#[test]
+fn a_loss_that_is_not_finite_names_step_and_op_and_keeps_the_last_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("run");
+    let config = config(dir.path(), "checkpoint_every = 1\n[optimizer]\nlr = 1e30\n");
+    let set = format!("run.dir={}", root.display());
+    refused_with(
+        &["train", config.to_str().unwrap(), "--set", &set],
+        &["step ", "not finite", "--resume"],
+    );
+    assert!(root.join("checkpoints/step-1/state.json").is_file());
+}
+
+#[test]
+fn what_cannot_be_trained_or_asked_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let set = format!("run.dir={}", dir.path().join("run").display());
+    let path = config(dir.path(), "[lora]\ntarget_modules = [\"no_such_layer\"]\n");
+    refused_with(
+        &["train", path.to_str().unwrap(), "--set", &set],
+        &["lora.target_modules", "no_such_layer"],
+    );
+    let image = reference("mllama/images/wide.png");
+    let model = reference("smolvlm/a");
+    refused_with(
+        &[
+            "attention",
+            "--model",
+            &model,
+            "--image",
+            &image,
+            "--text",
+            "…!",
+            "--out",
+            "x",
+        ],
+        &["--text", "no word"],
+    );
+    refused_with(
+        &[
+            "attention",
+            "--model",
+            &model,
+            "--image",
+            &image,
+            "--text",
+            "a",
+            "--out",
+            "x",
+            "--aggregate",
+            "learned",
+        ],
+        &["learned", "--lora"],
+    );
+    refused_with(
+        &[
+            "ask",
+            "--model",
+            &model,
+            "--image",
+            &image,
+            &"word ".repeat(9000),
+        ],
+        &["tokens", "context"],
+    );
+    refused_with(
+        &[
+            "ask",
+            "--model",
+            &reference("nowhere"),
+            "--image",
+            &image,
+            "Hello",
+        ],
+        &["nowhere"],
+    );
+}
