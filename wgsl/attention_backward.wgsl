@@ -1,6 +1,6 @@
 // Flash attention backward for CPU drivers. With P = exp(scale q·k − lse) and dS = P (dO·v − delta):
-// PASS 0: dQ = scale Σ dS k, query rows in the lanes, keys uniform;
-// PASS 1: dK = scale Σ dS q and dV = Σ P dO, keys in the lanes, query rows uniform.
+// PASS 1: dQ = scale Σ dS k, query rows in the lanes, keys uniform;
+// PASS 2: dK = scale Σ dS q and dV = Σ P dO, keys in the lanes, query rows uniform.
 // Query rows in the order of attention.wgsl. lse and delta f32 [B, H, T].
 #import attention_mask::{Params, visible_keys, first_query}
 
@@ -18,7 +18,7 @@ alias Stored = Elem;
 #endif
 
 const D: u32 = #{D}u;
-// Rows (PASS 0) or keys (PASS 1) a thread.
+// Rows (PASS 1) or keys (PASS 2) a thread.
 const ROWS: u32 = #{ROWS}u;
 const BLOCKS: u32 = #{BLOCKS}u;
 const BLOCK: u32 = #{BLOCK}u;
@@ -32,7 +32,7 @@ alias Head = array<array<array<vec4<f32>, ROWS>, BLOCK>, BLOCKS>;
 @group(0) @binding(5) var<storage, read> dout: array<Stored>;
 @group(0) @binding(6) var<storage, read> lse: array<f32>;
 @group(0) @binding(7) var<storage, read> delta: array<f32>;
-#if PASS == 0
+#if PASS == 1
 @group(0) @binding(8) var<storage, read_write> dq: array<Stored>;
 #else
 @group(0) @binding(8) var<storage, read_write> dk: array<Stored>;
@@ -66,7 +66,7 @@ fn do4(base: u32, d: u32) -> vec4<f32> {
     }
     return vec4<f32>(dout[base / 4u + d]);
 }
-#if PASS == 0
+#if PASS == 1
 fn store_dq(base: u32, d: u32, x: vec4<f32>) {
     if 4u * d < D {
         dq[base / 4u + d] = Elem4(x);
@@ -121,7 +121,7 @@ fn do4(base: u32, d: u32) -> vec4<f32> {
     }
     return x;
 }
-#if PASS == 0
+#if PASS == 1
 fn store_dq(base: u32, d: u32, x: vec4<f32>) {
     for (var i = 0u; i < 4u; i++) {
         if 4u * d + i < D {
@@ -147,7 +147,7 @@ fn store_dv(base: u32, d: u32, x: vec4<f32>) {
 #endif
 #endif
 
-#if PASS == 0
+#if PASS == 1
 @compute @workgroup_size(#{WG})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
     let shared_heads = p.heads / p.kv_heads;

@@ -205,6 +205,9 @@ impl Division {
 /// Lanes of a workgroup of the [`Division::Lanes`] kernels.
 const LANES: usize = 8;
 
+/// Rows or keys of a workgroup of the [`Division::Tiles`] kernel.
+const TILE: usize = 32;
+
 /// Rows a thread of the [`Division::Lanes`] kernels holds, `arrays` heads of registers each.
 fn rows_per_thread(rows: usize, head_dim: usize, arrays: usize) -> usize {
     // Up to 16 KiB of registers in 8 lanes: half of an L1 cache, where they spill to.
@@ -239,7 +242,7 @@ pub fn attention_with(
     v: &Tensor,
     shape: AttentionShape,
     mask: &AttentionMask,
-    _division: Division,
+    division: Division,
 ) -> (Tensor, Tensor) {
     let sizes = Sizes::new("attention", q, k, shape, mask);
     assert!(
@@ -252,27 +255,23 @@ pub fn attention_with(
         DType::F32,
         &[sizes.batch, shape.heads, sizes.queries],
     );
-    let rows = rows_per_thread(sizes.rows(), sizes.head_dim, 2);
+    let (kernel, each) = sizes.division_kernel(division, 0);
+    let tensors = [
+        q,
+        k,
+        v,
+        bits(&mask.query_bits, q),
+        bits(&mask.key_bits, q),
+        &out,
+        &lse,
+    ];
+    let (params, work) = (sizes.params(mask), 2 * sizes.product());
     dispatch_work(
-        &sizes
-            .kernel("attention", LANES as u32)
-            .def("ROWS", rows as i32),
-        &[
-            q,
-            k,
-            v,
-            bits(&mask.query_bits, q),
-            bits(&mask.key_bits, q),
-            &out,
-            &lse,
-        ],
-        &sizes.params(mask),
-        [
-            sizes.rows().div_ceil(rows * LANES) as u32,
-            shape.kv_heads as u32,
-            sizes.batch as u32,
-        ],
-        2 * sizes.product(),
+        &kernel,
+        &tensors,
+        &params,
+        sizes.grid(sizes.rows(), each),
+        work,
     );
     (out, lse)
 }
@@ -300,7 +299,7 @@ pub fn attention_backward_with(
     taps: &[(&AttentionTap, &Tensor, &Tensor)],
     shape: AttentionShape,
     mask: &AttentionMask,
-    _division: Division,
+    division: Division,
 ) -> (Tensor, Tensor, Tensor) {
     let Forward { q, k, v, out, lse } = forward;
     let sizes = Sizes::new("attention_backward", q, k, shape, mask);
@@ -323,30 +322,30 @@ pub fn attention_backward_with(
         attention_tap::add_to_delta(&sizes, mask, tap, probs, dprobs, &delta);
     }
 
-    let grid = |rows: usize, each: usize| {
-        let groups = rows.div_ceil(each * LANES) as u32;
-        [groups, shape.kv_heads as u32, sizes.batch as u32]
-    };
     let (query_bits, key_bits) = (bits(&mask.query_bits, q), bits(&mask.key_bits, q));
     let inputs = [q, k, v, query_bits, key_bits, dout, lse, &delta];
     let dq = Tensor::empty(q.gpu(), q.dtype(), q.shape());
-    let rows = rows_per_thread(sizes.rows(), sizes.head_dim, 3);
+    let (kernel, each) = sizes.division_kernel(division, 1);
+    let (params, work) = (sizes.params(mask), 3 * sizes.product());
+    let tensors = [&inputs[..], &[&dq]].concat();
     dispatch_work(
-        &sizes.backward_kernel(0, rows),
-        &[&inputs[..], &[&dq]].concat(),
-        &sizes.params(mask),
-        grid(sizes.rows(), rows),
-        3 * sizes.product(),
+        &kernel,
+        &tensors,
+        &params,
+        sizes.grid(sizes.rows(), each),
+        work,
     );
     let dk = Tensor::empty(q.gpu(), k.dtype(), k.shape());
     let dv = Tensor::empty(q.gpu(), k.dtype(), k.shape());
-    let rows = rows_per_thread(sizes.keys, sizes.head_dim, 4);
+    let (kernel, each) = sizes.division_kernel(division, 2);
+    let tensors = [&inputs[..], &[&dk, &dv]].concat();
+    let work = 4 * sizes.product();
     dispatch_work(
-        &sizes.backward_kernel(1, rows),
-        &[&inputs[..], &[&dk, &dv]].concat(),
-        &sizes.params(mask),
-        grid(sizes.keys, rows),
-        4 * sizes.product(),
+        &kernel,
+        &tensors,
+        &params,
+        sizes.grid(sizes.keys, each),
+        work,
     );
     for (tap, probs, dprobs) in taps {
         attention_tap::add_to_gradients(&sizes, mask, tap, [probs, dprobs, q, k, &dq, &dk]);
@@ -355,11 +354,42 @@ pub fn attention_backward_with(
 }
 
 impl Sizes {
-    fn backward_kernel(&self, pass: i32, rows: usize) -> Kernel {
-        self.kernel("attention_backward", LANES as u32)
-            .def("PASS", pass)
-            .def("ROWS", rows as i32)
+    /// The kernel of a pass (0 forward, 1 dq, 2 dk and dv), and the rows or keys of a workgroup.
+    fn division_kernel(&self, division: Division, pass: i32) -> (Kernel, usize) {
+        if division == Division::Tiles {
+            return (tiles_kernel(self.head_dim, self.f16, pass), TILE);
+        }
+        let (rows, arrays) = match pass {
+            0 => (self.rows(), 2),
+            1 => (self.rows(), 3),
+            _ => (self.keys, 4),
+        };
+        let each = rows_per_thread(rows, self.head_dim, arrays);
+        (
+            lanes_kernel(self.head_dim, self.f16, pass, each),
+            each * LANES,
+        )
     }
+
+    fn grid(&self, rows: usize, each: usize) -> [u32; 3] {
+        let groups = rows.div_ceil(each) as u32;
+        [groups, self.shape.kv_heads as u32, self.batch as u32]
+    }
+}
+
+fn lanes_kernel(head_dim: usize, f16: bool, pass: i32, rows: usize) -> Kernel {
+    let file = if pass == 0 {
+        "attention"
+    } else {
+        "attention_backward"
+    };
+    kernel(file, head_dim, f16, LANES as u32)
+        .def("PASS", pass)
+        .def("ROWS", rows as i32)
+}
+
+fn tiles_kernel(head_dim: usize, f16: bool, pass: i32) -> Kernel {
+    kernel("attention_tiles", head_dim, f16, 64).def("PASS", pass)
 }
 
 fn delta_kernel(head_dim: usize, f16: bool) -> Kernel {
@@ -374,12 +404,10 @@ pub fn variants() -> Vec<Kernel> {
     let mut all = Vec::new();
     for head_dim in VARIANT_DIMS {
         for f16 in [false, true] {
-            let lanes = LANES as u32;
             all.push(delta_kernel(head_dim, f16));
-            all.push(kernel("attention", head_dim, f16, lanes).def("ROWS", 2));
-            for pass in [0, 1] {
-                let backward = kernel("attention_backward", head_dim, f16, lanes);
-                all.push(backward.def("PASS", pass).def("ROWS", 2));
+            for pass in 0..3 {
+                all.push(lanes_kernel(head_dim, f16, pass, 2));
+                all.push(tiles_kernel(head_dim, f16, pass));
             }
         }
     }
