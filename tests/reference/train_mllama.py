@@ -5,7 +5,7 @@ Run:      python tests/reference/mllama.py && python tests/reference/train_mllam
           (reads tests/reference/mllama/, writes tests/reference/train_mllama/)
 
 Recipe: LoRA r 4, alpha 8, dropout 0 on q_proj and v_proj by suffix (the vision tower's too); aggregation
-`learned` over all cross-attention layers; aligner `conv`, hidden 32; per-word min-max, MSE; lambda 10; AdamW
+`learned` over all cross-attention layers; aligner `conv`, hidden 8; per-word min-max, MSE; lambda 10; AdamW
 lr 1e-3, betas (0.9, 0.999), eps 1e-8, no weight decay, no clipping; batch 2, samples in file order, no shuffle.
 
 data.jsonl              a sample a line: id, image file, messages
@@ -36,8 +36,11 @@ from mllama import grid_of, picture, resize, word_maps, word_rows  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 MODEL, OUT = HERE / "mllama" / "a", HERE / "train_mllama"
-STEPS, BATCH, LAMBDA, LR, SEED = 10, 2, 10.0, 1e-3, 5
-RANK, ALPHA = 4, 8
+STEPS, BATCH, LAMBDA, LR = 10, 2, 10.0, 1e-3
+RANK, ALPHA, HIDDEN = 4, 8, 8
+# ReLU6 has kinks at 0 and 6: where a value of the aligner lies within rounding of one, two right programs get
+# unlike gradients. The first seed whose values all keep this distance, in every step, is taken.
+MARGIN = 5e-6
 
 SAMPLES = [
     ("s0", "wide", "Describe the picture.", "A green circle is left of the red circle."),
@@ -47,14 +50,18 @@ SAMPLES = [
 ]
 # Words with a target: part of the answer's, one ("sky") that no answer has.
 TARGET_WORDS = {
-    "s0": ["green", "circle", "left", "sky"], "s1": ["squares", "two"], "s2": ["triangle", "isn't", "small"], "s3": ["sky"],
+    "s0": ["circle", "sky"], "s1": ["squares"], "s2": ["isn't"], "s3": ["sky"],
 }
+
+
+class NearKink(Exception):
+    """An input of a ReLU6 is too close to 0 or 6."""
 
 
 class Aligner(torch.nn.Module):
     """3 x [Conv3x3 no bias, InstanceNorm, ReLU6], the third back to the input's channels, then Conv1x1."""
 
-    def __init__(self, channels, hidden=32):
+    def __init__(self, channels, hidden=HIDDEN):
         super().__init__()
         widths = [channels, hidden, hidden, channels]
         for i in range(3):
@@ -63,7 +70,10 @@ class Aligner(torch.nn.Module):
 
     def forward(self, x):
         for conv in (self.conv1, self.conv2, self.conv3):
-            x = F.relu6(F.instance_norm(conv(x), eps=1e-5))
+            x = F.instance_norm(conv(x), eps=1e-5)
+            if float(torch.minimum(x.detach().abs(), (x.detach() - 6).abs()).min()) < MARGIN:
+                raise NearKink
+            x = F.relu6(x)
         return self.out(x)
 
 
@@ -73,8 +83,8 @@ def min_max(maps):
     return (flat - low) / (high - low + 1e-6)
 
 
-def run(dtype, targets, write):
-    torch.manual_seed(SEED)
+def run(dtype, targets, seed, write):
+    torch.manual_seed(seed)
     tok = PreTrainedTokenizerFast.from_pretrained(MODEL)
     settings = json.loads((MODEL / "processor_config.json").read_text())["image_processor"]
     processor = MllamaProcessor(
@@ -156,8 +166,16 @@ def run(dtype, targets, write):
 def main():
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()
-    rng = np.random.default_rng(SEED)
-    targets = {k: torch.from_numpy(rng.integers(0, 256, (len(v), 32, 32), dtype=np.uint8)) for k, v in TARGET_WORDS.items()}
+    for seed in range(1000):
+        rng = np.random.default_rng(seed)
+        targets = {k: torch.from_numpy(rng.integers(0, 256, (len(v), 32, 32), dtype=np.uint8)) for k, v in TARGET_WORDS.items()}
+        try:
+            exact, reference = run(torch.float64, targets, seed, False)
+            steps, weights = run(torch.float32, targets, seed, True)
+            break
+        except NearKink:
+            continue
+    print("seed", seed)
     save_file(targets, OUT / "targets.safetensors")
     (OUT / "targets.json").write_text(json.dumps(TARGET_WORDS, indent=1))
     with open(OUT / "data.jsonl", "w") as f:
@@ -166,15 +184,13 @@ def main():
             answer = [{"type": "text", "text": answer}]
             f.write(json.dumps({"id": name, "image": f"{image}.png", "messages": [
                 {"role": "user", "content": content}, {"role": "assistant", "content": answer}]}) + "\n")
-    steps, weights = run(torch.float32, targets, True)
-    exact, reference = run(torch.float64, targets, False)
     keys = ["loss", "lm_loss", "attn_loss", "grad_norm"]
     spread = {k: max(abs(a[k] - b[k]) / abs(b[k]) for a, b in zip(steps, exact)) for k in keys}
     spread["weights"] = {k: float((weights[k] - reference[k]).norm() / reference[k].norm()) for k in weights}
     worst = sorted(spread["weights"].items(), key=lambda kv: -kv[1])[:6]
     spread["weights"] = dict(worst)
     recipe = {"steps": STEPS, "batch": BATCH, "lambda": LAMBDA, "lr": LR, "r": RANK, "alpha": ALPHA,
-              "target_modules": ["q_proj", "v_proj"], "aggregate": "learned", "aligner": "conv", "hidden": 32}
+              "target_modules": ["q_proj", "v_proj"], "aggregate": "learned", "aligner": "conv", "hidden": HIDDEN, "seed": seed}
     (OUT / "losses.json").write_text(json.dumps({"recipe": recipe, "steps": steps, "spread": spread}, indent=1))
     for s in steps:
         print(s)

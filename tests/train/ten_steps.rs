@@ -80,6 +80,7 @@ fn config(family: &str, fixture: &Path, dir: &Path) -> Config {
     config.data.images = Some(reference("mllama/images"));
     config.data.targets = Some(dir.join("targets"));
     config.data.shuffle = false;
+    config.aligner.hidden = number("hidden", 32.0) as usize;
     config.loss.lambda = number("lambda", 10.0);
     config.lora.dropout = 0.0;
     config.init.lora = Some(fixture.join("init"));
