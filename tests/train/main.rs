@@ -7,5 +7,6 @@ mod checkpoint;
 mod config;
 mod events;
 mod metrics;
+mod pretrain;
 mod rundir;
 mod ten_steps;
