@@ -117,7 +117,7 @@ pub struct Batch {
     pub tap_rows: Option<Tensor>,
     /// Tap key columns, u32 [B, C], padded by repeating the first.
     pub tap_columns: Tensor,
-    /// Target maps [W, R·R]; `None` without words.
+    /// Target maps [W, R·R]; `None` without targets.
     pub targets: Option<Var>,
     /// Image grid of each example.
     pub grids: Vec<Grid>,
@@ -175,7 +175,7 @@ impl Batch {
                 Tensor::from_u32(gpu, &tap_rows, &[tap_rows.len()])
             }),
             tap_columns: Tensor::from_u32(gpu, &columns, &[examples.len(), widest]),
-            targets: some(words > 0, &|| {
+            targets: some(!targets.is_empty(), &|| {
                 Tensor::from_f32(gpu, &targets, &[words, SIDE * SIDE])
             })
             .map(Var::constant),
