@@ -107,8 +107,28 @@ impl Siglip {
     /// Encodes tiles given as patches `[tiles, patches, 3 · patch · patch]` (channel, row, column within a
     /// patch) to `[tiles, patches, hidden]`; `recompute` forgets each block's activations.
     pub fn forward(&self, pixels: &[f32], tiles: usize, recompute: bool) -> Var {
+        // No activation may exceed what one dispatch can bind: lavapipe's 128 MiB are 10 tiles of 1024 patches.
+        let widest = self
+            .config
+            .intermediate
+            .max(3 * self.config.patch * self.config.patch);
+        let tile = pixels.len() / tiles;
+        let patches = tile / (3 * self.config.patch * self.config.patch);
+        let bytes = patches * widest * self.activations.bytes();
+        let at_once = (self.gpu.tier().max_binding as usize / bytes).max(1);
+        let parts: Vec<Var> = pixels
+            .chunks(at_once * tile)
+            .map(|part| self.encode(part, patches, recompute))
+            .collect();
+        match parts.len() {
+            1 => parts[0].clone(),
+            _ => Var::concat(&parts, 0),
+        }
+    }
+
+    fn encode(&self, pixels: &[f32], patches: usize, recompute: bool) -> Var {
         let width = 3 * self.config.patch * self.config.patch;
-        let patches = pixels.len() / tiles / width;
+        let tiles = pixels.len() / patches / width;
         let bytes = self.activations.narrow(pixels);
         let pixels = Tensor::from_bytes(
             &self.gpu,

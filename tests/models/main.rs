@@ -11,5 +11,6 @@ mod mllama_processor;
 mod resize;
 mod smolvlm;
 mod smolvlm_fixture;
+mod smolvlm_train;
 mod teacher;
 mod teacher_fixture;

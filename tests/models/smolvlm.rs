@@ -3,7 +3,7 @@
 
 use lavender_wgpu::autograd::no_grad;
 use lavender_wgpu::nn::{LoadOptions, Loader};
-use lavender_wgpu::tensor::{Checkpoint, Tensor};
+use lavender_wgpu::tensor::{Checkpoint, DType, Tensor};
 use lavender_wgpu::vlm::idefics3::{Idefics3, Idefics3Config};
 use lavender_wgpu::vlm::processor::labels::Tail;
 use lavender_wgpu::vlm::{Prepared, Sampling, Student, Taps};
@@ -268,4 +268,37 @@ fn what_a_model_cannot_read_is_refused_by_name() {
         .expect_err("refused")
         .to_string();
     assert!(text.contains("0 image parts"), "{text}");
+}
+
+#[test]
+fn half_precision_activations_stay_close() {
+    if !gpu().tier().f16 {
+        return;
+    }
+    let options = LoadOptions {
+        activations: DType::F16,
+        ..LoadOptions::default()
+    };
+    for name in ["a", "b"] {
+        let half = Student::open(
+            reference(&format!("smolvlm/{name}")),
+            gpu(),
+            options.clone(),
+        )
+        .expect("fixture");
+        let case = &cases(name)[0];
+        let logits = half
+            .prompt_logits(&prepare(&half, case, Tail::GenerationPrompt))
+            .expect("readable");
+        let (wanted, _) = stored(name).values("wide.logits").expect("fixture");
+        let last = &logits[logits.len() - wanted.len()..];
+        let error: f32 = last.iter().zip(&wanted).map(|(a, e)| (a - e).powi(2)).sum();
+        let norm: f32 = wanted.iter().map(|e| e * e).sum();
+        // f16 rounds to 4.9e-4 at each of some twenty operations along the way.
+        assert!(
+            (error / norm).sqrt() < 1e-2,
+            "{name}: {} of the norm off",
+            (error / norm).sqrt()
+        );
+    }
 }

@@ -191,6 +191,9 @@ def main():
             weights = torch.arange(1, shape["tile"] + 1)
             sums = (kept.long() * weights).sum(-1)
             tensors[f"image.{key}.sums"] = sums.to(torch.int32).contiguous()
+            whole = processor.image_processor(images=[[picture(key)]], return_tensors="pt", do_image_splitting=False)
+            whole = ((whole["pixel_values"][0].double() * 0.5 + 0.5) * 255).round().to(torch.uint8)
+            tensors[f"image.{key}.whole"] = (whole.long() * weights).sum(-1).to(torch.int32).contiguous()
             if key == "tiny":
                 tensors["image.tiny.normalized"] = tiles[:1].float().contiguous()
             grid = [int(out["rows"][0][0]), int(out["cols"][0][0])]
@@ -218,9 +221,11 @@ def main():
             words = word_rows(tok, expanded, start, len(expanded))
             chat_ids = conversation["input_ids"][0].tolist()
             text = tok.decode(chat_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            begin = text.rindex(answer)
+            # From the end of the generation prompt (the space before the answer is the model's to write) to the
+            # <end_of_utterance> that begins where the answer ends.
+            begin, end = text.rindex("Assistant:") + len("Assistant:"), text.rindex(answer) + len(answer)
             offsets = tok(text, return_offsets_mapping=True)["offset_mapping"]
-            learned = [b > begin and a <= begin + len(answer) for a, b in offsets]
+            learned = [b > begin and a <= end for a, b in offsets]
             entry = {
                 "name": label, "images": names, "question": question, "answer": answer, "prompt": prompt, "chat": chat,
                 "prompt_tokens": inputs["input_ids"][0].tolist(), "full_tokens": whole["input_ids"][0].tolist(),

@@ -38,7 +38,7 @@ from train_mllama import Aligner, min_max  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 MODEL, OUT = HERE / "smolvlm" / "a", HERE / "train_smolvlm"
-STEPS, BATCH, LAMBDA, LR, DECAY, CLIP, SEED = 10, 2, 10.0, 1e-3, 0.01, 1.0, 6
+STEPS, BATCH, LAMBDA, LR, DECAY, CLIP, SEED = 10, 2, 10.0, 1e-3, 0.01, 1.0, 8
 RANK, ALPHA = 4, 8
 
 SAMPLES = [
@@ -91,8 +91,8 @@ def run(dtype, targets, write):
             text = tok.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             start = text.rindex(answer)
             for t, (a, b) in enumerate(tok(text, return_offsets_mapping=True)["offset_mapping"]):
-                # The answer's tokens, and the <end_of_utterance> that begins where the answer ends.
-                if b > start and a <= start + len(answer):
+                # From the generation prompt's end to the <end_of_utterance> that begins where the answer ends.
+                if b > text.rindex("Assistant:") + len("Assistant:") and a <= start + len(answer):
                     labels[i, t] = ids[t]
             texts.append(text), starts.append(start)
         out = model(**batch, output_attentions=True)

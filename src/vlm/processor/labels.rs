@@ -23,7 +23,8 @@ pub enum Tail<'a> {
 pub struct Rendered {
     /// The string to tokenise.
     pub text: String,
-    /// Byte range of each assistant turn's answer in `text`, in order.
+    /// Byte range of each assistant turn's answer in `text`, in order: from the end of the generation prompt,
+    /// with white space that the template puts before the answer.
     pub answers: Vec<Range<usize>>,
 }
 
@@ -46,12 +47,14 @@ pub fn render(template: &ChatTemplate, messages: &[Message], tail: Tail<'_>) -> 
                 "message {turn} (assistant): the text is empty, expected an answer to learn"
             )));
         }
+        let mut prompt_end = None;
         for generation_prompt in [true, false] {
             // Some templates refuse a conversation cut here; the other cut, or the last turn's end, serves.
             if let Ok(prefix) = template.render(&messages[..turn], generation_prompt)
                 && text.starts_with(&prefix)
             {
                 from = from.max(prefix.len());
+                prompt_end = generation_prompt.then_some(prefix.len());
                 break;
             }
         }
@@ -63,12 +66,19 @@ pub fn render(template: &ChatTemplate, messages: &[Message], tail: Tail<'_>) -> 
                     .find(wanted)
                     .map(|at| from + at..from + at + wanted.len())
             });
-        let Some(span) = found else {
+        let Some(mut span) = found else {
             return Err(Error::Input(format!(
                 "message {turn} (assistant): the chat template's output does not contain its text {answer:?}"
             )));
         };
         from = span.end;
+        // Where the model begins to answer: a space that the template puts first is its to write.
+        if let Some(end) = prompt_end
+            && end <= span.start
+            && text[end..span.start].trim().is_empty()
+        {
+            span.start = end;
+        }
         answers.push(span);
     }
     if let Tail::Answer(answer) = tail {
@@ -199,7 +209,7 @@ mod tests {
         let starts: Vec<usize> = rendered
             .text
             .match_indices("[assistant] a cat")
-            .map(|(at, _)| at + 12)
+            .map(|(at, _)| at + 11)
             .collect();
         assert_eq!(
             rendered
@@ -213,7 +223,7 @@ mod tests {
             .expand("<image>", &["<g><image><image>".to_string()])
             .unwrap();
         for span in &expanded.answers {
-            assert_eq!(&expanded.text[span.clone()], "a cat");
+            assert_eq!(&expanded.text[span.clone()], " a cat");
         }
     }
 
