@@ -58,7 +58,7 @@ pub fn mean_mean(layers: &[Var]) -> Var {
         .reshape(&[words, height, width, 1])
 }
 
-/// Mean over words of the mean squared error between maps and targets, both [words, R·R]: a scalar [1].
+/// Mean over words of the mean squared error between maps and targets, both [words, R·R]: a scalar `[1]`.
 pub fn attention_loss(maps: &Var, targets: &Var) -> Var {
     maps.sub(targets).square().mean_all()
 }

@@ -111,13 +111,13 @@ impl Var {
         self.reduced("min", axes, Reduce::Min, keep)
     }
 
-    /// Mean over everything, a scalar of shape [1].
+    /// Mean over everything, a scalar of shape `[1]`.
     pub fn mean_all(&self) -> Var {
         let n = self.value().elements();
         self.reshape(&[n]).mean(&[0], true)
     }
 
-    /// Sum over everything, a scalar of shape [1].
+    /// Sum over everything, a scalar of shape `[1]`.
     pub fn sum_all(&self) -> Var {
         let n = self.value().elements();
         self.reshape(&[n]).sum(&[0], true)
@@ -174,7 +174,7 @@ impl Var {
         )
     }
 
-    /// Rows `rows` (u32 [R]) of self [N, D]: [R, D].
+    /// Rows `rows` (u32 `[R]`) of self [N, D]: [R, D].
     pub fn gather_rows(&self, rows: &Tensor) -> Var {
         let (n, rows) = (self.dim(0), rows.clone());
         let y = gather_rows(self.value(), &rows);
@@ -183,7 +183,7 @@ impl Var {
         })
     }
 
-    /// self [N, D] with rows `rows` (u32 [R], distinct) replaced by `source` [R, D].
+    /// self [N, D] with rows `rows` (u32 `[R]`, distinct) replaced by `source` [R, D].
     pub fn replace_rows(&self, rows: &Tensor, source: &Var) -> Var {
         let y = replace_rows(self.value(), rows, source.value());
         let rows = rows.clone();

@@ -59,7 +59,7 @@ impl Var {
         })
     }
 
-    /// self [.., in] · weightᵀ + bias, weight [out, in], bias f32 [out].
+    /// self [.., in] · weightᵀ + bias, weight [out, in], bias f32 `[out]`.
     pub fn linear(&self, weight: &Var, bias: Option<&Var>) -> Var {
         let (x, w) = (self.value().clone(), weight.value().clone());
         let options = MatmulOptions {
@@ -80,7 +80,7 @@ impl Var {
         })
     }
 
-    /// Channels-last convolution: self [B, H, W, Ci], weight [kh, kw, Ci, Co], bias f32 [Co].
+    /// Channels-last convolution: self [B, H, W, Ci], weight [kh, kw, Ci, Co], bias f32 `[Co]`.
     pub fn conv2d(&self, weight: &Var, bias: Option<&Var>, options: Conv2dOptions) -> Var {
         let (x, w) = (self.value().clone(), weight.value().clone());
         let y = conv2d(&x, &w, bias.map(Var::value), &options);
@@ -96,7 +96,7 @@ impl Var {
         })
     }
 
-    /// Layer norm over the last dimension; weight, bias f32 [last].
+    /// Layer norm over the last dimension; weight, bias f32 `[last]`.
     pub fn layer_norm(&self, weight: &Var, bias: &Var, eps: f32) -> Var {
         let (x, w) = (self.value().clone(), weight.value().clone());
         let y = layer_norm(&x, Some(&w), Some(bias.value()), eps);
@@ -106,7 +106,7 @@ impl Var {
         })
     }
 
-    /// Root-mean-square norm over the last dimension; weight f32 [last].
+    /// Root-mean-square norm over the last dimension; weight f32 `[last]`.
     pub fn rms_norm(&self, weight: &Var, eps: f32) -> Var {
         let (x, w) = (self.value().clone(), weight.value().clone());
         let y = rms_norm(&x, Some(&w), eps);
@@ -116,7 +116,7 @@ impl Var {
         })
     }
 
-    /// Group norm over channels-last self [B, .., C]; weight, bias f32 [C].
+    /// Group norm over channels-last self [B, .., C]; weight, bias f32 `[C]`.
     pub fn group_norm(&self, groups: usize, weight: &Var, bias: &Var, eps: f32) -> Var {
         let (x, w) = (self.value().clone(), weight.value().clone());
         let y = group_norm(&x, groups, Some(&w), Some(bias.value()), eps);
@@ -187,7 +187,7 @@ impl Var {
     }
 
     /// Mean next-token loss of logits [N, V] over the rows whose label is not
-    /// [`crate::ops::cross_entropy::IGNORE`]; labels u32 [N], `count` of them counted. A scalar [1].
+    /// [`crate::ops::cross_entropy::IGNORE`]; labels u32 `[N]`, `count` of them counted. A scalar `[1]`.
     pub fn cross_entropy(&self, labels: &Tensor, count: usize) -> Var {
         let (logits, labels) = (self.value().clone(), labels.clone());
         let CrossEntropy { loss, lse } = cross_entropy(&logits, &labels);

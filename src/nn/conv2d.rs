@@ -13,7 +13,7 @@ pub struct Conv2d {
 }
 
 impl Conv2d {
-    /// Loads `weight` [outputs, inputs, kernel, kernel] and, where asked, `bias` [outputs];
+    /// Loads `weight` [outputs, inputs, kernel, kernel] and, where asked, `bias` `[outputs]`;
     /// `padding` is [top, bottom, left, right].
     ///
     /// # Errors

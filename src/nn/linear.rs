@@ -13,7 +13,7 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// Loads `weight` [outputs, inputs] and, where asked, `bias` [outputs].
+    /// Loads `weight` [outputs, inputs] and, where asked, `bias` `[outputs]`.
     ///
     /// # Errors
     /// A missing tensor or another shape.

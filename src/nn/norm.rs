@@ -12,7 +12,7 @@ pub struct LayerNorm {
 }
 
 impl LayerNorm {
-    /// Loads `weight` and `bias` [dim].
+    /// Loads `weight` and `bias` `[dim]`.
     ///
     /// # Errors
     /// A missing tensor or another shape.
@@ -37,7 +37,7 @@ pub struct RmsNorm {
 }
 
 impl RmsNorm {
-    /// Loads `weight` [dim].
+    /// Loads `weight` `[dim]`.
     ///
     /// # Errors
     /// A missing tensor or another shape.
@@ -63,7 +63,7 @@ pub struct GroupNorm {
 }
 
 impl GroupNorm {
-    /// Loads `weight` and `bias` [channels].
+    /// Loads `weight` and `bias` `[channels]`.
     ///
     /// # Errors
     /// A missing tensor or another shape.

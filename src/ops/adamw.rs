@@ -46,7 +46,7 @@ fn kernel(scaled: bool) -> Kernel {
 
 /// Updates `param`, `m` and `v` in place (all f32, `grad` too).
 ///
-/// `grad_scale`, f32 [1], multiplies the gradient first (clipping by the global norm); where it is
+/// `grad_scale`, f32 `[1]`, multiplies the gradient first (clipping by the global norm); where it is
 /// NaN or infinite nothing is updated.
 pub fn adamw(
     param: &Tensor,

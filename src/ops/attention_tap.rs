@@ -8,7 +8,7 @@ use crate::tensor::{DType, Tensor};
 /// Which attention probabilities to read: R query rows × C key columns of each head.
 #[derive(Clone, Debug)]
 pub struct AttentionTap {
-    /// u32 [R]: query rows, flattened as b·T + t, in any order and with repeats; one ≥ B·T gives 0.
+    /// u32 `[R]`: query rows, flattened as b·T + t, in any order and with repeats; one ≥ B·T gives 0.
     pub query_rows: Tensor,
     /// u32 [B, C]: key columns of each sample; one ≥ S gives 0.
     pub key_columns: Tensor,

@@ -243,7 +243,7 @@ fn weight_shape(w: &Tensor) -> [usize; 4] {
 }
 
 /// Convolution of `x` [batch, height, width, in] (F32 or F16) with `w` [kh, kw, in, out] (F32, F16
-/// or Bf16), plus `bias` f32 [out]: [batch, rows, columns, out] in `x`'s dtype; sums are f32.
+/// or Bf16), plus `bias` f32 `[out]`: [batch, rows, columns, out] in `x`'s dtype; sums are f32.
 pub fn conv2d(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, options: &Conv2dOptions) -> Tensor {
     conv2d_with(&Force::default(), x, w, bias, options)
 }

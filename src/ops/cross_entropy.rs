@@ -25,9 +25,9 @@ fn kernel(backward: bool, f16: bool, vec4: bool, threads: u32) -> Kernel {
 
 /// Per-row values of [`cross_entropy`].
 pub struct CrossEntropy {
-    /// f32 [N]: −log p(label), 0 for ignored rows.
+    /// f32 `[N]`: −log p(label), 0 for ignored rows.
     pub loss: Tensor,
-    /// f32 [N]: log-sum-exp of the row's logits, for the backward.
+    /// f32 `[N]`: log-sum-exp of the row's logits, for the backward.
     pub lse: Tensor,
 }
 
@@ -39,9 +39,9 @@ fn check(logits: &Tensor, labels: &Tensor) -> (usize, usize) {
     (logits.dim(0), logits.dim(1))
 }
 
-/// −log softmax(logits)[label] of each row; a label of [`IGNORE`] gives 0.
+/// −log softmax(logits)`[label]` of each row; a label of [`IGNORE`] gives 0.
 ///
-/// `logits` [N, V] f32 or f16, `labels` u32 [N], each < V or [`IGNORE`].
+/// `logits` [N, V] f32 or f16, `labels` u32 `[N]`, each < V or [`IGNORE`].
 pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> CrossEntropy {
     cross_entropy_with(logits, labels, row_threads(logits.gpu()))
 }
@@ -76,7 +76,7 @@ pub fn cross_entropy_with(logits: &Tensor, labels: &Tensor, threads: u32) -> Cro
 
 /// Gradient of [`cross_entropy`]: (softmax − one-hot)·upstream of the row, 0 for ignored rows.
 ///
-/// `upstream` f32 [N] is the gradient of each row's loss; the result has the logits' dtype.
+/// `upstream` f32 `[N]` is the gradient of each row's loss; the result has the logits' dtype.
 pub fn cross_entropy_backward(
     logits: &Tensor,
     labels: &Tensor,

@@ -53,7 +53,7 @@ impl FiniteFlag {
         Ok((tag != u32::MAX).then_some(tag))
     }
 
-    /// The flag itself, u32 [1], `u32::MAX` while nothing is found: for reading back later.
+    /// The flag itself, u32 `[1]`, `u32::MAX` while nothing is found: for reading back later.
     pub fn tensor(&self) -> &Tensor {
         &self.0
     }

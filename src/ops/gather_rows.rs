@@ -41,7 +41,7 @@ fn check_rows(op: &str, rows: &Tensor) {
     assert_eq!(rows.dtype(), DType::U32, "{op}: dtype of the row indices");
 }
 
-/// x [N, …] with rows u32 [R] → [R, …]; any dtype. A row index ≥ N gives zeros.
+/// x [N, …] with rows u32 `[R]` → [R, …]; any dtype. A row index ≥ N gives zeros.
 pub fn gather_rows(x: &Tensor, rows: &Tensor) -> Tensor {
     check_rows("gather_rows", rows);
     let mut shape = x.shape().to_vec();
@@ -65,7 +65,7 @@ pub fn gather_rows(x: &Tensor, rows: &Tensor) -> Tensor {
     y
 }
 
-/// Sums dy [R, …] into [n, …] by rows u32 [R], in order of R: the backward of [`gather_rows`].
+/// Sums dy [R, …] into [n, …] by rows u32 `[R]`, in order of R: the backward of [`gather_rows`].
 ///
 /// Rows that repeat add up, an index ≥ n is left out; no atomics, so equal runs give equal bits.
 pub fn scatter_add_rows(dy: &Tensor, rows: &Tensor, n: usize) -> Tensor {

@@ -34,7 +34,7 @@ fn clip_kernel() -> Kernel {
     Kernel::new("clip_scale")
 }
 
-/// √Σ‖g‖² over all `gradients` as f32 [1]; the order of summation is fixed.
+/// √Σ‖g‖² over all `gradients` as f32 `[1]`; the order of summation is fixed.
 ///
 /// Panics on an empty list.
 pub fn grad_norm(gradients: &[&Tensor]) -> Tensor {
@@ -65,7 +65,7 @@ pub fn grad_norm(gradients: &[&Tensor]) -> Tensor {
     unary(&reduce(&partial, &[0], Reduce::Sum, true), Unary::Sqrt)
 }
 
-/// min(1, max_norm / (norm + 1e-6)) as f32 [1], to scale the gradients by.
+/// min(1, max_norm / (norm + 1e-6)) as f32 `[1]`, to scale the gradients by.
 pub fn clip_scale(norm: &Tensor, max_norm: f32) -> Tensor {
     assert_eq!(norm.elements(), 1, "clip_scale: {norm:?}");
     let scale = Tensor::empty(norm.gpu(), DType::F32, &[1]);

@@ -164,7 +164,7 @@ impl<'a> GroupNorm<'a> {
 /// (x − mean)/√(variance + eps)·weight + bias, mean and biased variance over the pixels and the
 /// channels of a group.
 ///
-/// `x` [batch, .., channels] f32 or f16, channels last; `weight` and `bias` f32 [channels], either
+/// `x` [batch, .., channels] f32 or f16, channels last; `weight` and `bias` f32 `[channels]`, either
 /// may be missing. Same shape and dtype as `x` (Wu & He 2018; `groups` = channels is instance norm).
 pub fn group_norm(
     x: &Tensor,

@@ -54,7 +54,7 @@ pub fn scale_in_place(x: &Tensor, factor: f32) {
     run("scale_in_place", x, None, Mode::Scale, factor);
 }
 
-/// x ← factor·x for a factor f32 [1] that stays on the device.
+/// x ← factor·x for a factor f32 `[1]` that stays on the device.
 pub fn scale_in_place_by(x: &Tensor, factor: &Tensor) {
     assert!(
         factor.elements() == 1 && factor.dtype() == DType::F32,

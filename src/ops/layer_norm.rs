@@ -173,7 +173,7 @@ fn layer_norm_op(x: &Tensor, eps: f32) -> RowNorm {
 
 /// (x − mean)/√(variance + eps)·weight + bias over the last dimension, biased variance.
 ///
-/// `x` [.., C] f32 or f16; `weight` and `bias` f32 [C], either may be missing. Same shape and dtype.
+/// `x` [.., C] f32 or f16; `weight` and `bias` f32 `[C]`, either may be missing. Same shape and dtype.
 pub fn layer_norm(x: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>, eps: f32) -> Tensor {
     layer_norm_op(x, eps).forward(x, weight, bias)
 }

@@ -13,7 +13,7 @@ pub struct MatmulOptions<'a> {
     pub trans_a: bool,
     /// `b` is stored [.., N, K], as checkpoints store linear weights.
     pub trans_b: bool,
-    /// Added to every row: f32 [N].
+    /// Added to every row: f32 `[N]`.
     pub bias: Option<&'a Tensor>,
     /// Applied after the bias.
     pub activation: Option<Unary>,

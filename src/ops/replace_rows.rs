@@ -46,7 +46,7 @@ fn overwrite(y: &Tensor, rows: &Tensor, source: Option<&Tensor>) {
     );
 }
 
-/// x [N, …] with rows u32 [R] (distinct; an index ≥ N is skipped) taken from source [R, …].
+/// x [N, …] with rows u32 `[R]` (distinct; an index ≥ N is skipped) taken from source [R, …].
 pub fn replace_rows(x: &Tensor, rows: &Tensor, source: &Tensor) -> Tensor {
     let agrees = source.dtype() == x.dtype()
         && source.dim(0) == rows.elements()

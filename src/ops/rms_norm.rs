@@ -15,7 +15,7 @@ fn rms_norm_op(x: &Tensor, eps: f32) -> RowNorm {
 
 /// x/√(mean(x²) + eps)·weight over the last dimension (Zhang & Sennrich 2019).
 ///
-/// `x` [.., C] f32 or f16; `weight` f32 [C] or none. Same shape and dtype as `x`.
+/// `x` [.., C] f32 or f16; `weight` f32 `[C]` or none. Same shape and dtype as `x`.
 pub fn rms_norm(x: &Tensor, weight: Option<&Tensor>, eps: f32) -> Tensor {
     rms_norm_op(x, eps).forward(x, weight, None)
 }

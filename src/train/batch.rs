@@ -107,13 +107,13 @@ impl Example {
 
 /// Several examples as the tensors that one step needs.
 pub struct Batch {
-    /// Rows of the flattened hidden states [B·T, D] that predict a label, u32 [N].
+    /// Rows of the flattened hidden states [B·T, D] that predict a label, u32 `[N]`.
     pub label_rows: Tensor,
-    /// The labels of those rows, u32 [N].
+    /// The labels of those rows, u32 `[N]`.
     pub labels: Tensor,
     /// N.
     pub label_count: usize,
-    /// Tap query rows, u32 [R], flattened b·T + t; `None` without words.
+    /// Tap query rows, u32 `[R]`, flattened b·T + t; `None` without words.
     pub tap_rows: Option<Tensor>,
     /// Tap key columns, u32 [B, C], padded by repeating the first.
     pub tap_columns: Tensor,

@@ -46,7 +46,7 @@ impl Optimizer {
     }
 
     /// Updates every tensor that has a gradient at learning rate `lr`; returns the gradients' global
-    /// norm before clipping, f32 [1], or `None` when there was no gradient.
+    /// norm before clipping, f32 `[1]`, or `None` when there was no gradient.
     ///
     /// An update with a norm that is not finite is skipped on the device, so the weights stay good.
     pub fn step(&mut self, gradients: &Gradients, lr: f32) -> Option<Tensor> {

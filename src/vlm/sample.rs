@@ -121,7 +121,7 @@ mod tests {
         let start = text.find("né").expect("there");
         let rendered = Rendered {
             text: text.to_string(),
-            answers: vec![start..text.len()],
+            answers: std::iter::once(start..text.len()).collect(),
         };
         let bytes = text.len();
         // A token over the space and "n", then each byte of "é" alone, then the rest.
