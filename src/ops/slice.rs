@@ -73,7 +73,7 @@ pub fn slice(x: &Tensor, axis: usize, start: usize, len: usize) -> Tensor {
     y
 }
 
-/// The backward of [`slice`]: `dy` at `start` of dimension `axis` of size `size`, zeros elsewhere.
+/// The backward of [`slice()`]: `dy` at `start` of dimension `axis` of size `size`, zeros elsewhere.
 pub fn pad_slice(dy: &Tensor, axis: usize, start: usize, size: usize) -> Tensor {
     let len = dy.dim(axis);
     assert!(

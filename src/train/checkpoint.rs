@@ -26,7 +26,7 @@ pub struct Checkpoint {
     pub dir: PathBuf,
     /// Steps done.
     pub step: u64,
-    /// What [`write`] was given beside the files.
+    /// What [`write()`] was given beside the files.
     pub state: Value,
 }
 
