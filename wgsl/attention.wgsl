@@ -19,6 +19,8 @@ alias Stored = Elem;
 
 const D: u32 = #{D}u;
 const ROWS: u32 = #{ROWS}u;
+// Keys of one step.
+const KEYS: u32 = #{KEYS}u;
 // A head is BLOCKS × BLOCK vec4s, so that each loop is short enough to be unrolled by the driver.
 const BLOCKS: u32 = #{BLOCKS}u;
 const BLOCK: u32 = #{BLOCK}u;
@@ -136,60 +138,65 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     // No row of this workgroup sees a key past its last row's.
     let last_token = min(first + ROWS * #{WG}u, rows) - 1u;
     let end = visible_keys(p, last_token / shared_heads);
-    for (var key = 0u; key < end; key += 4u) {
-        let last_key = p.keys - 1u;
-        let k0 = kv_base + key * kv_step;
-        let k1 = kv_base + min(key + 1u, last_key) * kv_step;
-        let k2 = kv_base + min(key + 2u, last_key) * kv_step;
-        let k3 = kv_base + min(key + 3u, last_key) * kv_step;
-        var score: array<vec4<f32>, ROWS>;
+    for (var key = 0u; key < end; key += KEYS) {
+        var at: array<u32, KEYS>;
+        var mask: array<u32, KEYS>;
+        for (var j = 0u; j < KEYS; j++) {
+            let place = min(key + j, p.keys - 1u);
+            at[j] = kv_base + place * kv_step;
+            mask[j] = 0xffffffffu;
+            if p.has_key_bits != 0u {
+                mask[j] = key_bits[group.z * p.keys + place];
+            }
+        }
+        var score: array<array<f32, KEYS>, ROWS>;
         for (var r = 0u; r < ROWS; r++) {
-            score[r] = vec4<f32>(0.0);
+            for (var j = 0u; j < KEYS; j++) {
+                score[r][j] = 0.0;
+            }
         }
         for (var b = 0u; b < BLOCKS; b++) {
             for (var d = 0u; d < BLOCK; d++) {
-                let x0 = k4(k0, b * BLOCK + d);
-                let x1 = k4(k1, b * BLOCK + d);
-                let x2 = k4(k2, b * BLOCK + d);
-                let x3 = k4(k3, b * BLOCK + d);
-                for (var r = 0u; r < ROWS; r++) {
-                    let y = query[b][d][r];
-                    score[r] += vec4<f32>(dot(x0, y), dot(x1, y), dot(x2, y), dot(x3, y));
+                for (var j = 0u; j < KEYS; j++) {
+                    let x = k4(at[j], b * BLOCK + d);
+                    for (var r = 0u; r < ROWS; r++) {
+                        score[r][j] += dot(x, query[b][d][r]);
+                    }
                 }
             }
         }
-        var tile_bits = vec4<u32>(0xffffffffu);
-        if p.has_key_bits != 0u {
-            let base = group.z * p.keys;
-            tile_bits = vec4<u32>(
-                key_bits[base + key],
-                key_bits[base + min(key + 1u, last_key)],
-                key_bits[base + min(key + 2u, last_key)],
-                key_bits[base + min(key + 3u, last_key)],
-            );
-        }
-        let places = vec4<u32>(key) + vec4<u32>(0u, 1u, 2u, 3u);
         var old: array<f32, ROWS>;
         for (var r = 0u; r < ROWS; r++) {
-            let seen = (places < vec4<u32>(visible[r]))
-                & ((tile_bits & vec4<u32>(bits[r])) != vec4<u32>(0u));
-            let s = select(vec4<f32>(NOTHING), score[r], seen);
-            let next = max(peak[r], max(max(s.x, s.y), max(s.z, s.w)));
+            var next = peak[r];
+            for (var j = 0u; j < KEYS; j++) {
+                if key + j >= visible[r] || (mask[j] & bits[r]) == 0u {
+                    score[r][j] = NOTHING;
+                }
+                next = max(next, score[r][j]);
+            }
             old[r] = exp(peak[r] - next);
             peak[r] = next;
-            score[r] = select(vec4<f32>(0.0), exp(s - next), seen);
-            sum[r] = sum[r] * old[r] + (score[r].x + score[r].y) + (score[r].z + score[r].w);
+            sum[r] *= old[r];
+            for (var j = 0u; j < KEYS; j++) {
+                // Not exp(NOTHING − next): that is 1 while the row has seen no key.
+                score[r][j] = select(exp(score[r][j] - next), 0.0, score[r][j] == NOTHING);
+                sum[r] += score[r][j];
+            }
         }
         for (var b = 0u; b < BLOCKS; b++) {
             for (var d = 0u; d < BLOCK; d++) {
-                let x0 = v4(k0, b * BLOCK + d);
-                let x1 = v4(k1, b * BLOCK + d);
-                let x2 = v4(k2, b * BLOCK + d);
-                let x3 = v4(k3, b * BLOCK + d);
+                var step: array<vec4<f32>, ROWS>;
                 for (var r = 0u; r < ROWS; r++) {
-                    let s = score[r];
-                    sum_of_values[b][d][r] = sum_of_values[b][d][r] * old[r]
-                        + ((x0 * s.x + x1 * s.y) + (x2 * s.z + x3 * s.w));
+                    step[r] = sum_of_values[b][d][r] * old[r];
+                }
+                for (var j = 0u; j < KEYS; j++) {
+                    let x = v4(at[j], b * BLOCK + d);
+                    for (var r = 0u; r < ROWS; r++) {
+                        step[r] += x * score[r][j];
+                    }
+                }
+                for (var r = 0u; r < ROWS; r++) {
+                    sum_of_values[b][d][r] = step[r];
                 }
             }
         }

@@ -20,6 +20,8 @@ alias Stored = Elem;
 const D: u32 = #{D}u;
 // Rows (PASS 1) or keys (PASS 2) a thread.
 const ROWS: u32 = #{ROWS}u;
+// Keys (PASS 1) or rows (PASS 2) of one step.
+const STEP: u32 = #{KEYS}u;
 const BLOCKS: u32 = #{BLOCKS}u;
 const BLOCK: u32 = #{BLOCK}u;
 alias Head = array<array<array<vec4<f32>, ROWS>, BLOCK>, BLOCKS>;
@@ -190,61 +192,50 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 
     let last_token = min(first + ROWS * #{WG}u, rows) - 1u;
     let end = visible_keys(p, last_token / shared_heads);
-    for (var key = 0u; key < end; key += 4u) {
-        let last_key = p.keys - 1u;
-        let k0 = kv_base + key * kv_step;
-        let k1 = kv_base + min(key + 1u, last_key) * kv_step;
-        let k2 = kv_base + min(key + 2u, last_key) * kv_step;
-        let k3 = kv_base + min(key + 3u, last_key) * kv_step;
-        var score: array<vec4<f32>, ROWS>;
-        var dscore: array<vec4<f32>, ROWS>;
+    for (var key = 0u; key < end; key += STEP) {
+        var at: array<u32, STEP>;
+        var mask: array<u32, STEP>;
+        for (var j = 0u; j < STEP; j++) {
+            let place = min(key + j, p.keys - 1u);
+            at[j] = kv_base + place * kv_step;
+            mask[j] = 0xffffffffu;
+            if p.has_key_bits != 0u {
+                mask[j] = key_bits[group.z * p.keys + place];
+            }
+        }
+        var score: array<array<f32, STEP>, ROWS>;
+        var dscore: array<array<f32, STEP>, ROWS>;
         for (var r = 0u; r < ROWS; r++) {
-            score[r] = vec4<f32>(0.0);
-            dscore[r] = vec4<f32>(-row_delta[r]);
+            for (var j = 0u; j < STEP; j++) {
+                score[r][j] = -row_lse[r];
+                dscore[r][j] = -row_delta[r];
+            }
         }
         for (var b = 0u; b < BLOCKS; b++) {
             for (var d = 0u; d < BLOCK; d++) {
-                let x0 = k4(k0, b * BLOCK + d);
-                let x1 = k4(k1, b * BLOCK + d);
-                let x2 = k4(k2, b * BLOCK + d);
-                let x3 = k4(k3, b * BLOCK + d);
-                let z0 = v4(k0, b * BLOCK + d);
-                let z1 = v4(k1, b * BLOCK + d);
-                let z2 = v4(k2, b * BLOCK + d);
-                let z3 = v4(k3, b * BLOCK + d);
-                for (var r = 0u; r < ROWS; r++) {
-                    let y = query[b][d][r];
-                    score[r] += vec4<f32>(dot(x0, y), dot(x1, y), dot(x2, y), dot(x3, y));
-                    let g = upstream[b][d][r];
-                    dscore[r] += vec4<f32>(dot(z0, g), dot(z1, g), dot(z2, g), dot(z3, g));
+                for (var j = 0u; j < STEP; j++) {
+                    let x = k4(at[j], b * BLOCK + d);
+                    let z = v4(at[j], b * BLOCK + d);
+                    for (var r = 0u; r < ROWS; r++) {
+                        score[r][j] += dot(x, query[b][d][r]);
+                        dscore[r][j] += dot(z, upstream[b][d][r]);
+                    }
                 }
             }
         }
-        var tile_bits = vec4<u32>(0xffffffffu);
-        if p.has_key_bits != 0u {
-            let base = group.z * p.keys;
-            tile_bits = vec4<u32>(
-                key_bits[base + key],
-                key_bits[base + min(key + 1u, last_key)],
-                key_bits[base + min(key + 2u, last_key)],
-                key_bits[base + min(key + 3u, last_key)],
-            );
-        }
-        let places = vec4<u32>(key) + vec4<u32>(0u, 1u, 2u, 3u);
         for (var r = 0u; r < ROWS; r++) {
-            let seen = (places < vec4<u32>(visible[r]))
-                & ((tile_bits & vec4<u32>(bits[r])) != vec4<u32>(0u));
-            dscore[r] *= select(vec4<f32>(0.0), exp(score[r] - row_lse[r]), seen);
+            for (var j = 0u; j < STEP; j++) {
+                let seen = key + j < visible[r] && (mask[j] & bits[r]) != 0u;
+                dscore[r][j] *= select(0.0, exp(score[r][j]), seen);
+            }
         }
         for (var b = 0u; b < BLOCKS; b++) {
             for (var d = 0u; d < BLOCK; d++) {
-                let x0 = k4(k0, b * BLOCK + d);
-                let x1 = k4(k1, b * BLOCK + d);
-                let x2 = k4(k2, b * BLOCK + d);
-                let x3 = k4(k3, b * BLOCK + d);
-                for (var r = 0u; r < ROWS; r++) {
-                    let s = dscore[r];
-                    gradient[b][d][r] += (x0 * s.x + x1 * s.y) + (x2 * s.z + x3 * s.w);
+                for (var j = 0u; j < STEP; j++) {
+                    let x = k4(at[j], b * BLOCK + d);
+                    for (var r = 0u; r < ROWS; r++) {
+                        gradient[b][d][r] += x * dscore[r][j];
+                    }
                 }
             }
         }
@@ -295,63 +286,57 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 
     // Rows before the first that sees this workgroup's first key see none of its keys.
     let start = first_query(p, first) * shared_heads;
-    for (var row = start; row < rows; row += 2u) {
-        var at: array<u32, 2>;
-        var visible: array<u32, 2>;
-        var query_mask: array<u32, 2>;
-        var row_lse: array<f32, 2>;
-        var row_delta: array<f32, 2>;
-        for (var j = 0u; j < 2u; j++) {
+    for (var row = start; row < rows; row += STEP) {
+        var at: array<u32, STEP>;
+        var visible: array<u32, STEP>;
+        var mask: array<u32, STEP>;
+        var score: array<array<f32, STEP>, ROWS>;
+        var dscore: array<array<f32, STEP>, ROWS>;
+        for (var j = 0u; j < STEP; j++) {
             let index = min(row + j, rows - 1u);
             let token = index / shared_heads;
             let head = group.y * shared_heads + index % shared_heads;
             at[j] = ((group.z * p.queries + token) * p.heads + head) * D;
             // The row past the end sees nothing.
             visible[j] = select(0u, visible_keys(p, token), row + j < rows);
-            query_mask[j] = 0xffffffffu;
+            mask[j] = 0xffffffffu;
             if p.has_query_bits != 0u {
-                query_mask[j] = query_bits[group.z * p.queries + token];
+                mask[j] = query_bits[group.z * p.queries + token];
             }
             let place = (group.z * p.heads + head) * p.queries + token;
-            row_lse[j] = lse[place];
-            row_delta[j] = delta[place];
-        }
-        var score: array<vec2<f32>, ROWS>;
-        var dscore: array<vec2<f32>, ROWS>;
-        for (var r = 0u; r < ROWS; r++) {
-            score[r] = vec2<f32>(0.0);
-            dscore[r] = vec2<f32>(-row_delta[0], -row_delta[1]);
+            for (var r = 0u; r < ROWS; r++) {
+                score[r][j] = -lse[place];
+                dscore[r][j] = -delta[place];
+            }
         }
         for (var b = 0u; b < BLOCKS; b++) {
             for (var d = 0u; d < BLOCK; d++) {
-                let x0 = q4(at[0], b * BLOCK + d);
-                let x1 = q4(at[1], b * BLOCK + d);
-                let g0 = do4(at[0], b * BLOCK + d);
-                let g1 = do4(at[1], b * BLOCK + d);
-                for (var r = 0u; r < ROWS; r++) {
-                    let y = key[b][d][r];
-                    score[r] += vec2<f32>(dot(x0, y), dot(x1, y));
-                    let z = value[b][d][r];
-                    dscore[r] += vec2<f32>(dot(g0, z), dot(g1, z));
+                for (var j = 0u; j < STEP; j++) {
+                    let x = q4(at[j], b * BLOCK + d);
+                    let g = do4(at[j], b * BLOCK + d);
+                    for (var r = 0u; r < ROWS; r++) {
+                        score[r][j] += dot(x, key[b][d][r]);
+                        dscore[r][j] += dot(g, value[b][d][r]);
+                    }
                 }
             }
         }
         for (var r = 0u; r < ROWS; r++) {
-            let seen = (vec2<u32>(keys[r]) < vec2<u32>(visible[0], visible[1]))
-                & ((vec2<u32>(query_mask[0], query_mask[1]) & vec2<u32>(bits[r])) != vec2<u32>(0u));
-            let shifted = exp(score[r] - vec2<f32>(row_lse[0], row_lse[1]));
-            score[r] = select(vec2<f32>(0.0), shifted, seen);
-            dscore[r] *= score[r];
+            for (var j = 0u; j < STEP; j++) {
+                let seen = keys[r] < visible[j] && (mask[j] & bits[r]) != 0u;
+                score[r][j] = select(0.0, exp(score[r][j]), seen);
+                dscore[r][j] *= score[r][j];
+            }
         }
         for (var b = 0u; b < BLOCKS; b++) {
             for (var d = 0u; d < BLOCK; d++) {
-                let x0 = q4(at[0], b * BLOCK + d);
-                let x1 = q4(at[1], b * BLOCK + d);
-                let g0 = do4(at[0], b * BLOCK + d);
-                let g1 = do4(at[1], b * BLOCK + d);
-                for (var r = 0u; r < ROWS; r++) {
-                    dkey[b][d][r] += x0 * dscore[r].x + x1 * dscore[r].y;
-                    dvalue[b][d][r] += g0 * score[r].x + g1 * score[r].y;
+                for (var j = 0u; j < STEP; j++) {
+                    let x = q4(at[j], b * BLOCK + d);
+                    let g = do4(at[j], b * BLOCK + d);
+                    for (var r = 0u; r < ROWS; r++) {
+                        dkey[b][d][r] += x * dscore[r][j];
+                        dvalue[b][d][r] += g * score[r][j];
+                    }
                 }
             }
         }

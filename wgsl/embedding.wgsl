@@ -23,8 +23,8 @@ var<immediate> p: Params;
 @group(0) @binding(1) var<storage, read> ids: array<u32>;
 @group(0) @binding(2) var<storage, read_write> dtable: array<f32>;
 
-// A workgroup an id: the first position that holds it sums all of them, in order.
-@compute @workgroup_size(64)
+// A workgroup a position: the first that holds an id sums all of them, in order.
+@compute @workgroup_size(#{WG})
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
@@ -43,14 +43,16 @@ fn main(
             return;
         }
     }
-    for (var column = local; column < p.width; column += 64u) {
-        var sum = f32(dy[first * p.width + column]);
-        for (var i = first + 1u; i < p.ids; i++) {
-            if ids[i] == id {
-                sum += f32(dy[i * p.width + column]);
+    let base = (id - p.first_row) * p.width;
+    for (var column = local; column < p.width; column += #{WG}u) {
+        dtable[base + column] = f32(dy[first * p.width + column]);
+    }
+    for (var i = first + 1u; i < p.ids; i++) {
+        if ids[i] == id {
+            for (var column = local; column < p.width; column += #{WG}u) {
+                dtable[base + column] += f32(dy[i * p.width + column]);
             }
         }
-        dtable[(id - p.first_row) * p.width + column] = sum;
     }
 }
 #else

@@ -383,9 +383,16 @@ fn lanes_kernel(head_dim: usize, f16: bool, pass: i32, rows: usize) -> Kernel {
     } else {
         "attention_backward"
     };
+    // Fewer together in large heads: compiling the unrolled code would take seconds.
+    let together = match (pass, head_dim) {
+        (_, 129..) => 1,
+        (2, _) | (_, 65..) => 2,
+        _ => 4,
+    };
     kernel(file, head_dim, f16, LANES as u32)
         .def("PASS", pass)
         .def("ROWS", rows as i32)
+        .def("KEYS", together)
 }
 
 fn tiles_kernel(head_dim: usize, f16: bool, pass: i32) -> Kernel {

@@ -1,6 +1,6 @@
 //! Embedding: rows of a table by id.
 
-use super::{THREADS, dispatch, grid, is_f16, linear_groups, row_ranges};
+use super::{THREADS, dispatch, grid, is_f16, linear_groups, row_ranges, row_threads};
 use crate::gpu::Kernel;
 use crate::tensor::{DType, Tensor};
 
@@ -12,6 +12,10 @@ struct Params {
     first_row: u32,
     rows: u32,
     all_rows: u32,
+}
+
+fn backward_kernel(f16: bool, threads: u32) -> Kernel {
+    kernel(true, f16, 0).def("WG", threads as i32)
 }
 
 fn kernel(backward: bool, f16: bool, table: i32) -> Kernel {
@@ -90,7 +94,7 @@ pub fn embedding_backward(dy: &Tensor, ids: &Tensor, rows: usize) -> Tensor {
     let dtable = Tensor::zeros(dy.gpu(), DType::F32, &[rows, width]);
     for (start, len) in row_ranges(dy.gpu(), rows, width * 4) {
         dispatch(
-            &kernel(true, is_f16("embedding_backward", dy), 0),
+            &backward_kernel(is_f16("embedding_backward", dy), row_threads(dy.gpu())),
             &[dy, ids, &dtable.narrow(start, len)],
             &Params {
                 ids: ids.elements() as u32,
@@ -109,7 +113,7 @@ pub fn embedding_backward(dy: &Tensor, ids: &Tensor, rows: usize) -> Tensor {
 pub fn variants() -> Vec<Kernel> {
     let mut all = Vec::new();
     for f16 in [false, true] {
-        all.push(kernel(true, f16, 0));
+        all.push(backward_kernel(f16, 8));
         all.extend((0..3).map(|table| kernel(false, f16, table)));
     }
     all
