@@ -22,7 +22,7 @@ use crate::diffusion::{MapLayers, StableDiffusion, TeacherOptions};
 use crate::ops::permute::permute;
 use crate::tensor::{HostTensor, Tensor, save_safetensors};
 use crate::train::batch::answer_words;
-use crate::train::config::Precision;
+use crate::train::config::{EMBEDDED, Precision};
 use crate::vlm::Taps;
 use crate::vlm::processor::labels::Tail;
 use crate::{Error, Result};
@@ -77,9 +77,10 @@ pub struct Args {
 /// # Errors
 /// A model or image that cannot be read, a text without a word, a file that cannot be written, what the GPU reports.
 pub fn run(args: &Args, context: &Context) -> Result<()> {
-    match args.model.join("model_index.json").is_file() {
-        true => from_diffusion(args, context),
-        false => from_student(args, context),
+    let student = args.model.join("config.json").is_file() || args.model == Path::new(EMBEDDED);
+    match student {
+        true => from_student(args, context),
+        false => from_diffusion(args, context),
     }
 }
 

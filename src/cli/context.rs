@@ -17,6 +17,9 @@ use crate::{Error, Result};
 /// The name of standard output in messages.
 pub(super) const STANDARD_OUTPUT: &str = "standard output";
 
+/// Kernels that `--profile` prints.
+const PROFILE_LINES: usize = 30;
+
 /// Options that every command takes.
 #[derive(Clone, Debug, Default, Args)]
 pub struct Common {
@@ -42,6 +45,9 @@ pub struct Common {
         help_heading = "Common options"
     )]
     pub memory_limit: Option<u64>,
+    /// Time every kernel on the device and print the sums at the end
+    #[arg(long, global = true, help_heading = "Common options")]
+    pub profile: bool,
     /// Print results and errors only
     #[arg(long, short, global = true, help_heading = "Common options")]
     pub quiet: bool,
@@ -76,10 +82,32 @@ impl Context {
         let gpu = Gpu::new(&GpuOptions {
             adapter: self.common.adapter.clone(),
             max_bytes: self.common.memory_limit.map(|mib| mib << 20),
+            profile: self.common.profile,
             ..GpuOptions::default()
         })?;
         self.say(gpu.tier());
         Ok(self.gpu.get_or_init(|| gpu))
+    }
+
+    /// Prints where the device's time went, with `--profile`.
+    pub(super) fn print_profile(&self) {
+        let Some(gpu) = self.gpu.get().filter(|_| self.common.profile) else {
+            return;
+        };
+        let times = gpu.profile();
+        if times.is_empty() {
+            eprintln!("no profile: this adapter has no timestamps");
+        }
+        let total: f64 = times.iter().map(|t| t.millis).sum();
+        for time in times.iter().take(PROFILE_LINES) {
+            eprintln!(
+                "{:10.1} ms {:5.1} % {:8} × {}",
+                time.millis,
+                100.0 * time.millis / total.max(1e-9),
+                time.count,
+                time.op
+            );
+        }
     }
 
     /// `--precision`, else `configured`, as a tensor type of this adapter.

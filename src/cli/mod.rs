@@ -88,7 +88,11 @@ pub fn main() -> ExitCode {
         }
     };
     context::start_logging(&cli.common);
-    let result = Context::new(cli.common).and_then(|context| cli.command.run(&context));
+    let result = Context::new(cli.common).and_then(|context| {
+        let result = cli.command.run(&context);
+        context.print_profile();
+        result
+    });
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(Error::Interrupted) => {

@@ -70,11 +70,7 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
         }
     };
     let gpu = context.gpu()?;
-    context.say(format_args!(
-        "run {} on {}",
-        run.root().display(),
-        gpu.tier()
-    ));
+    context.say(format_args!("run directory {}", run.root().display()));
     let drawn = config.data.path == Path::new(EMBEDDED);
     let config = with_files(config, &run, context)?;
     let mut training = Training::new(gpu, &config)?;

@@ -170,6 +170,51 @@ fn a_loss_that_is_not_finite_names_step_and_op_and_keeps_the_last_checkpoint() {
 }
 
 #[test]
+fn an_adapter_out_of_memory_says_so_and_leaves_no_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("run");
+    let config = config(dir.path(), "");
+    let set = format!("run.dir={}", root.display());
+    refused_with(
+        &[
+            "train",
+            config.to_str().unwrap(),
+            "--set",
+            &set,
+            "--memory-limit",
+            "1",
+        ],
+        &["out of GPU memory", "1048576"],
+    );
+    assert!(!root.join("checkpoints").exists());
+    assert!(!root.join("lora").exists());
+}
+
+#[test]
+fn a_profile_names_kernels_with_their_time() {
+    let model = reference("smolvlm/a");
+    let image = reference("mllama/images/tiny.png");
+    let output = run(&[
+        "ask",
+        "--model",
+        &model,
+        "--image",
+        &image,
+        "Hello",
+        "--max-tokens",
+        "1",
+        "--profile",
+    ]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let text = stderr(&output);
+    // An adapter without timestamps says so instead.
+    assert!(
+        text.contains(" ms ") && text.contains("matmul") || text.contains("no timestamps"),
+        "{text}"
+    );
+}
+
+#[test]
 fn what_cannot_be_trained_or_asked_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let set = format!("run.dir={}", dir.path().join("run").display());
