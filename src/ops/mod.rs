@@ -14,6 +14,7 @@ pub mod cross_entropy;
 pub mod dropout;
 pub mod embedding;
 pub mod finite;
+pub mod fma_probe;
 pub mod gather_rows;
 pub mod grad_norm;
 pub mod group_norm;
@@ -65,6 +66,7 @@ pub fn variants() -> Vec<Kernel> {
         adamw::variants(),
         dropout::variants(),
         finite::variants(),
+        fma_probe::variants(),
         grad_norm::variants(),
         in_place::variants(),
         resize_bilinear::variants(),
