@@ -17,10 +17,15 @@ use lavender_wgpu::tensor::{DType, Tensor};
 /// Seconds a case is repeated for, after a first run that compiles.
 const SECONDS: f64 = 1.0;
 
+/// Uploads a case's operands and returns what is timed.
+type Setup = Box<dyn Fn(&Gpu) -> Timed>;
+/// Records one run of a case.
+type Timed = Box<dyn Fn()>;
+
 struct Case {
     name: String,
     flops: f64,
-    run: Box<dyn Fn(&Gpu) -> Box<dyn Fn()>>,
+    run: Setup,
     /// PyTorch statements: set-up, and the one that is timed.
     torch: [String; 2],
 }
