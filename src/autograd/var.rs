@@ -63,7 +63,8 @@ pub(super) fn recording() -> bool {
     RECORDING.get()
 }
 
-/// Runs `f` and names the first op whose result holds a NaN or an infinity, with its shape.
+/// Runs `f` and names the first op, forward or backward, whose result holds a NaN or an infinity,
+/// with its shape.
 ///
 /// Reads every intermediate result back: for finding the cause of a bad loss, not for training.
 pub fn find_non_finite(f: impl FnOnce()) -> Option<String> {
@@ -72,7 +73,7 @@ pub fn find_non_finite(f: impl FnOnce()) -> Option<String> {
     WATCH.take().flatten()
 }
 
-fn watch(op: &'static str, values: &[&Tensor]) {
+fn watch(what: &str, op: &str, values: &[&Tensor]) {
     WATCH.with_borrow_mut(|watch| {
         let Some(found @ None) = watch else { return };
         for value in values {
@@ -80,7 +81,7 @@ fn watch(op: &'static str, values: &[&Tensor]) {
                 .to_f32()
                 .is_ok_and(|v| v.iter().all(|x| x.is_finite()));
             if !finite {
-                *found = Some(format!("{op} (result {:?})", value.shape()));
+                *found = Some(format!("{what}{op} (result {:?})", value.shape()));
                 return;
             }
         }
@@ -155,7 +156,7 @@ impl Var {
         parents: &[&Var],
         backward: impl FnOnce(&Tensor, &[bool]) -> Vec<Option<Tensor>> + 'static,
     ) -> Var {
-        watch(op, &[&value]);
+        watch("", op, &[&value]);
         if !recording() || parents.iter().all(|p| p.node.is_none()) {
             return Var::constant(value);
         }
@@ -179,7 +180,7 @@ impl Var {
         always: bool,
         backward: Backward,
     ) -> Vec<Var> {
-        watch(op, &values.iter().collect::<Vec<_>>());
+        watch("", op, &values.iter().collect::<Vec<_>>());
         let tracked = recording() && (always || parents.iter().any(|p| p.node.is_some()));
         if !tracked {
             return values.into_iter().map(Var::constant).collect();
@@ -252,6 +253,11 @@ pub(super) fn backward_into(roots: &[(Var, Tensor)], gradients: &mut Gradients) 
         let needs: Vec<bool> = parents.iter().map(Option::is_some).collect();
         let grads = run(&upstream, &needs, gradients);
         drop(upstream);
+        watch(
+            "the backward of ",
+            node.op,
+            &grads.iter().flatten().collect::<Vec<_>>(),
+        );
         assert_eq!(grads.len(), parents.len(), "backward of `{}`", node.op);
         for (parent, grad) in parents.into_iter().zip(grads) {
             if let (Some((parent, output)), Some(grad)) = (parent, grad) {

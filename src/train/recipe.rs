@@ -398,7 +398,7 @@ impl Training {
         Ok(())
     }
 
-    /// Repeats the forward of a bad step, whose update was skipped, to name the op at fault.
+    /// Repeats a bad step, whose update was skipped, to name the op at fault.
     fn not_finite(&self, gpu: &Gpu, metrics: &StepMetrics, order: &[usize]) -> Error {
         set_dropout_seed(Some(step_seed(self.config.train.seed, metrics.step)));
         let found = find_non_finite(|| {
@@ -406,14 +406,21 @@ impl Training {
                 let examples: Vec<&Example> = examples.iter().collect();
                 let batch = Batch::new(gpu, &examples);
                 // Only the watch matters; an error would have come up in the step itself.
-                let _ = no_grad(|| self.losses(gpu, &examples, &batch, metrics.step));
+                if let Ok(losses) = self.losses(gpu, &examples, &batch, metrics.step)
+                    && losses.total.needs_grad()
+                {
+                    losses.total.backward();
+                }
             }
         });
         set_dropout_seed(None);
-        let what = match (found, metrics.loss.is_finite()) {
-            (Some(op), _) => format!("the loss; the first op with a bad result is {op}"),
-            (None, true) => format!("the gradient norm ({})", metrics.grad_norm),
-            (None, false) => format!("the loss ({})", metrics.loss),
+        let bad = match metrics.loss.is_finite() {
+            true => format!("the gradient norm ({})", metrics.grad_norm),
+            false => format!("the loss ({})", metrics.loss),
+        };
+        let what = match found {
+            Some(op) => format!("{bad}, first {op},"),
+            None => bad,
         };
         Error::NotFinite {
             step: metrics.step,

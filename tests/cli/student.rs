@@ -164,9 +164,43 @@ fn a_loss_that_is_not_finite_names_step_and_op_and_keeps_the_last_checkpoint() {
     let set = format!("run.dir={}", root.display());
     refused_with(
         &["train", config.to_str().unwrap(), "--set", &set],
-        &["step ", "not finite", "--resume"],
+        &[
+            "step 1: ",
+            "first the backward of ",
+            "not finite",
+            "--resume",
+        ],
     );
     assert!(root.join("checkpoints/step-1/state.json").is_file());
+}
+
+#[test]
+fn a_loss_that_is_not_a_number_names_the_op_that_made_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (lora, root) = (dir.path().join("lora"), dir.path().join("run"));
+    fs::create_dir(&lora).unwrap();
+    let init = reference("train_smolvlm/init");
+    let source = Path::new(&init);
+    let config_file = "adapter_config.json";
+    fs::copy(source.join(config_file), lora.join(config_file)).unwrap();
+    // The first weight of the file becomes a NaN.
+    let mut bytes = fs::read(source.join("adapter_model.safetensors")).unwrap();
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    bytes[8 + header..12 + header].copy_from_slice(&f32::NAN.to_le_bytes());
+    fs::write(lora.join("adapter_model.safetensors"), bytes).unwrap();
+    let config = config(
+        dir.path(),
+        &format!("[init]\nlora = '{}'\n", lora.display()),
+    );
+    let set = format!("run.dir={}", root.display());
+    refused_with(
+        &["train", config.to_str().unwrap(), "--set", &set],
+        &[
+            "step 0: the loss (NaN), first linear",
+            "not finite",
+            "optimizer.lr",
+        ],
+    );
 }
 
 #[test]

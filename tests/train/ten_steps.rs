@@ -136,8 +136,8 @@ fn compare_weights(actual: &Path, expected: &Path, stem: &str, tolerance: f32) {
     }
 }
 
-/// Losses to 1e-4 relative. Adam divides by the root of a squared gradient, which lifts rounding in
-/// elements whose gradient is nearly zero: final weights are compared to 2e-3 of a tensor's largest.
+/// Losses, gradient norms and final LoRA weights to 1e-4 relative. In the aligner Adam lifts the
+/// rounding of gradients that are nearly zero: PyTorch's own f32 and f64 runs differ by 1.1e-4 there.
 fn against_pytorch(family: &str) {
     let fixture: PathBuf = reference(&format!("train_{family}"));
     let dir = tempfile::tempdir().unwrap();
@@ -166,18 +166,18 @@ fn against_pytorch(family: &str) {
         let wanted = expected["grad_norm"].as_f64().unwrap();
         let error = (actual.grad_norm - wanted).abs() / wanted;
         assert!(
-            error < 1e-3,
+            error < 1e-4,
             "step {} grad_norm: {} and {wanted}",
             actual.step,
             actual.grad_norm
         );
     }
-    compare_weights(&run.lora(), &fixture.join("final"), "adapter_model", 2e-3);
+    compare_weights(&run.lora(), &fixture.join("final"), "adapter_model", 1e-4);
     compare_weights(
         &run.aligner(),
         &fixture.join("final/aligner.safetensors"),
         "aligner",
-        2e-3,
+        3e-4,
     );
 }
 
