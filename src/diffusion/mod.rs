@@ -3,6 +3,7 @@
 //! Every model reads the directory layout that `diffusers` writes and names its tensors as the checkpoint does.
 //! Activations are channels-last, `[batch, height, width, channels]`, in the U-Net and the VAE.
 
+pub mod checkpoint;
 pub mod clip_text;
 pub mod clip_tokenizer;
 pub mod config;
@@ -14,10 +15,11 @@ pub mod transformer;
 pub mod unet;
 pub mod vae;
 
+pub use checkpoint::TeacherOptions;
 pub use clip_text::{ClipText, ClipTextConfig};
 pub use clip_tokenizer::{ClipTokenizer, TextChunk};
 pub use ddim::{NoiseSchedule, SchedulerConfig};
 pub use maps::{Capture, MapLayers, TokenMaps};
-pub use pipeline::{StableDiffusion, TeacherOptions, Trajectory};
+pub use pipeline::{StableDiffusion, Trajectory};
 pub use unet::{Unet, UnetConfig};
 pub use vae::{Vae, VaeConfig};
