@@ -84,7 +84,7 @@ impl TargetMaker<'_> {
     ///
     /// # Errors
     /// A text without a word, naming the item; what the GPU reports.
-    pub fn make(&self, items: &[Item], on_step: impl FnMut(usize)) -> Result<Made> {
+    pub fn make(&self, items: &[Item], on_step: impl FnMut(usize) -> Result<()>) -> Result<Made> {
         let mut texts = Vec::with_capacity(items.len());
         for item in items {
             if words(item.text, self.case).is_empty() {

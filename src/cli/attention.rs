@@ -190,13 +190,16 @@ fn from_diffusion(args: &Args, context: &Context) -> Result<()> {
         case: Case::Lower,
         seed: context.seed(0),
     };
-    let mut progress = context.progress("attention", trajectory.steps());
+    let mut progress = context.progress("attention", trajectory.progress());
     let item = Item {
         id: "--text",
         image: &image,
         text: &args.text,
     };
-    let made = maker.make(&[item], |step| progress.step(format!("step {step}")))?;
+    let made = maker.make(&[item], |step| {
+        progress.step(format!("step {step}"));
+        context.interrupt.check()
+    })?;
     let run = &made.recorded.run;
     let mut tensors = word_tensors(&made.maps[0]);
     tensors.push(("latents".into(), channels_first(&made.latents)?));

@@ -16,6 +16,7 @@ mod student;
 pub mod ask;
 pub mod attention;
 pub mod devices;
+pub mod generate;
 pub mod pretrain;
 pub mod targets;
 pub mod train;
@@ -54,6 +55,8 @@ pub enum Command {
     Attention(attention::Args),
     /// List the adapters of this machine, their drivers, tiers and limits
     Devices(devices::Args),
+    /// Paint a picture of a text with a diffusion model
+    Generate(generate::Args),
     /// Train a mini model from nothing by a recipe
     Pretrain(pretrain::Args),
     /// Make the word maps of every sample of a data set, from a diffusion model
@@ -69,6 +72,7 @@ impl Command {
         match self {
             Self::Attention(args) => attention::run(args, context),
             Self::Devices(args) => devices::run(args, context),
+            Self::Generate(args) => generate::run(args, context),
             Self::Pretrain(args) => pretrain::run(args, context),
             Self::Targets(args) => targets::run(args, context),
             Self::Ask(args) => ask::run(args, context),

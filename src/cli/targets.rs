@@ -173,7 +173,7 @@ fn write(
                 text,
             })
             .collect();
-        let made = maker.make(&items, |_| ())?;
+        let made = maker.make(&items, |_| context.interrupt.check())?;
         for ((sample, text), maps) in batch.iter().zip(&texts).zip(&made.maps) {
             if maps.maps.iter().any(|value| !value.is_finite()) {
                 return Err(Error::Input(format!(
@@ -206,8 +206,7 @@ pub enum Mode {
     Ddim,
     /// A forward pass at each of a few timesteps on the noised image; cheap
     Noised,
-    /// DDIM inversion with an optimised unconditional text; not available yet
-    #[value(hide = true)]
+    /// DDIM inversion, then back with an unconditional text optimised at each step; the method's own, and slow
     NullText,
 }
 

@@ -119,9 +119,9 @@ impl ClipTokenizer {
         Ok(chunks)
     }
 
-    /// The ids of the whole context for a text that fits, cut to it otherwise: what a prompt gives a sampler.
-    pub fn ids(&self, text: &str) -> Result<Vec<u32>> {
-        Ok(self.chunk(text, 0..text.len())?.ids)
+    /// One chunk of a text, cut to the context where it is longer, empty where the text is: a sampler's prompt.
+    pub fn chunk_of(&self, text: &str) -> Result<TextChunk> {
+        self.chunk(text, 0..text.len())
     }
 
     /// Packs the segments of `text[range]` into ranges of at most `context − 2` tokens.

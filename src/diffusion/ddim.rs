@@ -25,6 +25,8 @@ pub struct SchedulerConfig {
     pub scaled_linear: bool,
     /// Timesteps the model was trained on, 1000.
     pub train_timesteps: usize,
+    /// Added to the timesteps of a sampler that paints; 1 in Stable Diffusion v1. The inversion does without.
+    pub steps_offset: usize,
 }
 
 impl Default for SchedulerConfig {
@@ -35,6 +37,7 @@ impl Default for SchedulerConfig {
             beta_end: 0.012,
             scaled_linear: true,
             train_timesteps: 1000,
+            steps_offset: 1,
         }
     }
 }
@@ -57,6 +60,7 @@ impl SchedulerConfig {
             scaled_linear: file.or("beta_schedule", "scaled_linear".to_string())?
                 == "scaled_linear",
             train_timesteps: file.or("num_train_timesteps", default.train_timesteps)?,
+            steps_offset: file.or("steps_offset", 0)?,
         };
         if config.train_timesteps < 2 {
             return Err(file.error("num_train_timesteps", "expected at least 2"));
@@ -77,6 +81,7 @@ impl SchedulerConfig {
 #[derive(Clone, Debug)]
 pub struct NoiseSchedule {
     alpha_bars: Vec<f64>,
+    steps_offset: usize,
 }
 
 impl NoiseSchedule {
@@ -102,7 +107,10 @@ impl NoiseSchedule {
                 Some(*product)
             })
             .collect();
-        NoiseSchedule { alpha_bars }
+        NoiseSchedule {
+            alpha_bars,
+            steps_offset: config.steps_offset,
+        }
     }
 
     /// ᾱ at a timestep; before the first it is ᾱ\[0\] (`set_alpha_to_one = false`).
@@ -115,6 +123,11 @@ impl NoiseSchedule {
     /// Timesteps the model was trained on.
     pub fn train_timesteps(&self) -> usize {
         self.alpha_bars.len()
+    }
+
+    /// What a sampler that paints adds to its timesteps.
+    pub fn steps_offset(&self) -> usize {
+        self.steps_offset
     }
 
     /// The `steps` timesteps of a trajectory from the lowest up: leading spacing without offset, t = i · (1000 / N).
@@ -144,11 +157,16 @@ impl NoiseSchedule {
     ///
     /// Upwards this is a step of the inversion, downwards one of sampling. `x` and `noise` f32 of one shape.
     pub fn step(&self, x: &Tensor, noise: &Tensor, from: isize, to: isize) -> Tensor {
+        let (keep, add) = self.coefficients(from, to);
+        blend(x, keep, noise, add)
+    }
+
+    /// What [`NoiseSchedule::step`] multiplies `x` and the noise with.
+    pub fn coefficients(&self, from: isize, to: isize) -> (f64, f64) {
         let (before, after) = (self.alpha_bar(from), self.alpha_bar(to));
         // √ᾱ' · (x − √(1−ᾱ)·ε) / √ᾱ + √(1−ᾱ')·ε, collected by x and ε.
         let keep = (after / before).sqrt();
-        let add = (1.0 - after).sqrt() - keep * (1.0 - before).sqrt();
-        blend(x, keep, noise, add)
+        (keep, (1.0 - after).sqrt() - keep * (1.0 - before).sqrt())
     }
 
     /// q(x_t | x₀): `latents` with `noise` added to the level of `timestep`. Both f32 of one shape.

@@ -3,6 +3,7 @@
 use crate::Result;
 use crate::autograd::Var;
 use crate::ops::binary::{Binary, binary};
+use crate::ops::resize_bicubic::resize_bicubic;
 use crate::ops::resize_bilinear::resize_bilinear;
 use crate::ops::unary::{Unary, unary};
 use crate::tensor::Tensor;
@@ -19,7 +20,9 @@ pub enum MapLayers {
     HalfAndQuarter,
     /// Down and up blocks at 1/4 of the latent side alone (`"16"`), as prompt-to-prompt does.
     Quarter,
-    /// Every layer but those at 1/8 of the latent side, each resized (`"daam"`; Tang et al. 2022).
+    /// Down and up blocks at every side but 1/8 of the latent side; each layer resized to the latent side by bicubic
+    /// interpolation and clamped at 0, then the mean of all layers (`"daam"`; Tang et al., *What the DAAM*, 2022, but
+    /// heads are averaged before the clamp, not after).
     Daam,
 }
 
@@ -52,7 +55,7 @@ impl MapLayers {
                 outer && (2 * side == latent_side || 4 * side == latent_side)
             }
             MapLayers::Quarter => outer && 4 * side == latent_side,
-            MapLayers::Daam => 8 * side != latent_side,
+            MapLayers::Daam => outer && 8 * side != latent_side,
         }
     }
 }
@@ -141,8 +144,7 @@ impl Capture {
             .map(|l| (l.name.as_str(), l.side, scale(&l.sum, l.steps)))
     }
 
-    /// The maps of every context position, f32 `[batch, R, R, tokens]`: layers of a side averaged, each side resized
-    /// to R = 32, sides averaged (for [`MapLayers::Daam`] all layers weigh the same).
+    /// The maps of every context position, f32 `[batch, R, R, tokens]` with R = 32, as [`MapLayers`] describes.
     ///
     /// # Errors
     /// The U-Net has no layer of the sides asked for.
@@ -166,34 +168,40 @@ impl Capture {
                 self.latent_side,
             )));
         }
-        let mut total: Option<Tensor> = None;
-        let mut weight = 0;
-        for side in sides {
-            let maps: Vec<Tensor> = self
+        let maps = match self.layers {
+            MapLayers::Daam => self
                 .layers()
-                .filter(|&(_, s, _)| s == side)
-                .map(|(_, _, maps)| maps)
-                .collect();
-            let sum = maps
-                .iter()
-                .skip(1)
-                .fold(maps[0].clone(), |sum, m| binary(&sum, m, Binary::Add));
-            let (of_side, count) = match self.layers {
-                MapLayers::Daam => (sum, maps.len()),
-                _ => (scale(&sum, maps.len()), 1),
-            };
-            let (batch, tokens) = (of_side.dim(0), of_side.dim(2));
-            let grid = of_side.reshape(&[batch, side, side, tokens]);
-            let resized = resize_bilinear(&grid, MAP_SIDE, MAP_SIDE);
-            weight += count;
-            total = Some(match total {
-                Some(total) => binary(&total, &resized, Binary::Add),
-                None => resized,
-            });
-        }
-        let total = total.expect("at least one side was checked for");
-        Ok(scale(&total, weight))
+                .map(|(_, side, maps)| self.enlarged(&maps, side))
+                .collect(),
+            _ => sides.iter().map(|&side| self.mean_of(side)).collect(),
+        };
+        Ok(mean(maps))
     }
+
+    /// The mean of a side's layers at R².
+    fn mean_of(&self, side: usize) -> Tensor {
+        let of_side = self.layers().filter(|&(_, s, _)| s == side);
+        let maps = mean(of_side.map(|(_, _, maps)| maps).collect());
+        resize_bilinear(&square(&maps, side), MAP_SIDE, MAP_SIDE)
+    }
+
+    /// One layer's maps at the latent side without the negative values of bicubic interpolation, then at R².
+    fn enlarged(&self, maps: &Tensor, side: usize) -> Tensor {
+        let large = resize_bicubic(&square(maps, side), self.latent_side, self.latent_side);
+        resize_bilinear(&unary(&large, Unary::Relu), MAP_SIDE, MAP_SIDE)
+    }
+}
+
+/// `[batch, side², tokens]` as `[batch, side, side, tokens]`.
+fn square(maps: &Tensor, side: usize) -> Tensor {
+    maps.reshape(&[maps.dim(0), side, side, maps.dim(2)])
+}
+
+/// The mean of tensors of one shape, at least one.
+fn mean(maps: Vec<Tensor>) -> Tensor {
+    let count = maps.len();
+    let sum = maps.into_iter().reduce(|a, b| binary(&a, &b, Binary::Add));
+    scale(&sum.expect("at least one side was checked for"), count)
 }
 
 /// `x / count`.

@@ -8,6 +8,7 @@ use super::clip_text::ClipText;
 use super::clip_tokenizer::{ClipTokenizer, TextChunk};
 use super::ddim::{NoiseSchedule, gaussian};
 use super::maps::{Capture, MapLayers, TokenMaps};
+use super::null_text::{NullText, NullTextOptions};
 use super::unet::Unet;
 use super::vae::Vae;
 use crate::autograd::{Var, no_grad};
@@ -32,6 +33,11 @@ pub enum Trajectory {
         /// Timesteps, spread evenly over 1 … 600.
         steps: usize,
     },
+    /// DDIM inversion, null-text inversion back down it, recording on the way down.
+    NullText {
+        /// Steps N of either way.
+        steps: usize,
+    },
 }
 
 impl Trajectory {
@@ -49,15 +55,12 @@ impl Trajectory {
             "noised" => Trajectory::Noised {
                 steps: steps.unwrap_or(Self::NOISED_STEPS),
             },
-            "null-text" => {
-                return Err(Error::Config(
-                    "--mode null-text is not available yet; the modes that are: ddim, noised"
-                        .into(),
-                ));
-            }
+            "null-text" => Trajectory::NullText {
+                steps: steps.unwrap_or(Self::DDIM_STEPS),
+            },
             other => {
                 return Err(Error::Config(format!(
-                    "--mode: found \"{other}\", expected \"ddim\" or \"noised\""
+                    "--mode: found \"{other}\", expected \"null-text\", \"ddim\" or \"noised\""
                 )));
             }
         };
@@ -70,18 +73,29 @@ impl Trajectory {
         Ok(trajectory)
     }
 
-    /// `"ddim"` or `"noised"`.
+    /// `"null-text"`, `"ddim"` or `"noised"`.
     pub fn mode(&self) -> &'static str {
         match self {
+            Trajectory::NullText { .. } => "null-text",
             Trajectory::Ddim { .. } => "ddim",
             Trajectory::Noised { .. } => "noised",
         }
     }
 
-    /// U-Net evaluations of one pass.
+    /// N of `--steps`.
     pub fn steps(&self) -> usize {
         match *self {
-            Trajectory::Ddim { steps } | Trajectory::Noised { steps } => steps,
+            Trajectory::Ddim { steps }
+            | Trajectory::Noised { steps }
+            | Trajectory::NullText { steps } => steps,
+        }
+    }
+
+    /// How often a run tells its progress: null-text goes up the steps and down again.
+    pub fn progress(&self) -> usize {
+        match *self {
+            Trajectory::NullText { steps } => 2 * steps,
+            _ => self.steps(),
         }
     }
 }
@@ -94,6 +108,8 @@ pub struct TrajectoryRun {
     pub latents: Tensor,
     /// The maps that were recorded.
     pub capture: Capture,
+    /// The way back down, of [`Trajectory::NullText`].
+    pub null_text: Option<NullText>,
 }
 
 /// Token maps of a batch, and what they were read from.
@@ -191,7 +207,7 @@ impl StableDiffusion {
     /// `[batch, context, width]`, recording the maps of `layers`.
     ///
     /// `seeds`, one a sample, fix the noise of [`Trajectory::Noised`], so that a sample's maps do not depend on which
-    /// others share its batch. `on_step` is told after each step.
+    /// others share its batch. `on_step` is told after each step and may stop the run by an error.
     ///
     /// # Errors
     /// What the GPU reports at a step's boundary.
@@ -202,43 +218,73 @@ impl StableDiffusion {
         trajectory: Trajectory,
         layers: MapLayers,
         seeds: &[u64],
-        mut on_step: impl FnMut(usize),
+        mut on_step: impl FnMut(usize) -> Result<()>,
     ) -> Result<TrajectoryRun> {
         let mut capture = Capture::new(layers, latents.dim(1));
-        let mut first = None;
-        let mut x = latents.clone();
-        match trajectory {
+        let (first_noise, latents, null_text) = match trajectory {
             Trajectory::Ddim { steps } => {
-                let timesteps = self.schedule.timesteps(steps);
-                let stride = (self.schedule.train_timesteps() / steps) as isize;
-                for (i, &t) in timesteps.iter().enumerate() {
-                    let noise = self.predict_noise(&x, t, text, Some(&mut capture));
-                    x = self
-                        .schedule
-                        .step(&x, &noise, t as isize - stride, t as isize);
-                    first.get_or_insert(noise);
-                    self.gpu.check()?;
-                    on_step(i);
-                }
+                let maps = Some(&mut capture);
+                let (noise, mut pivots) = self.invert(latents, text, steps, maps, on_step)?;
+                (noise, pivots.swap_remove(steps), None)
+            }
+            Trajectory::NullText { steps } => {
+                let (noise, pivots) = self.invert(latents, text, steps, None, &mut on_step)?;
+                let options = NullTextOptions::default();
+                let maps = Some(&mut capture);
+                let down = |step| on_step(steps + step);
+                let found = self.null_text(&pivots, text, &options, maps, down)?;
+                (noise, pivots[steps].clone(), Some(found))
             }
             Trajectory::Noised { steps } => {
                 let each = latents.elements() / latents.dim(0);
                 let noise: Vec<f32> = seeds.iter().flat_map(|&s| gaussian(s, each)).collect();
                 let noise = Tensor::from_f32(&self.gpu, &noise, latents.shape());
+                let (mut first, mut x) = (None, latents.clone());
                 for (i, &t) in self.schedule.noised_timesteps(steps).iter().enumerate() {
                     x = self.schedule.add_noise(latents, &noise, t);
                     let predicted = self.predict_noise(&x, t, text, Some(&mut capture));
                     first.get_or_insert(predicted);
                     self.gpu.check()?;
-                    on_step(i);
+                    on_step(i)?;
                 }
+                (first.expect("a trajectory has at least one step"), x, None)
             }
-        }
+        };
         Ok(TrajectoryRun {
-            first_noise: first.expect("a trajectory has at least one step"),
-            latents: x,
+            first_noise,
+            latents,
             capture,
+            null_text,
         })
+    }
+
+    /// DDIM inversion with the text alone, without guidance: the first noise prediction, and the `steps` + 1 latents
+    /// from the clean ones to the noisiest, each f32.
+    ///
+    /// # Errors
+    /// What the GPU reports at a step's boundary.
+    pub fn invert(
+        &self,
+        latents: &Tensor,
+        text: &Tensor,
+        steps: usize,
+        mut capture: Option<&mut Capture>,
+        mut on_step: impl FnMut(usize) -> Result<()>,
+    ) -> Result<(Tensor, Vec<Tensor>)> {
+        let mut pivots = vec![latents.clone()];
+        let mut first = None;
+        let stride = (self.schedule.train_timesteps() / steps) as isize;
+        for (i, &t) in self.schedule.timesteps(steps).iter().enumerate() {
+            let x = &pivots[i];
+            let noise = self.predict_noise(x, t, text, capture.as_deref_mut());
+            let t = t as isize;
+            pivots.push(self.schedule.step(x, &noise, t - stride, t));
+            first.get_or_insert(noise);
+            self.gpu.check()?;
+            on_step(i)?;
+        }
+        let first = first.expect("a trajectory has at least one step");
+        Ok((first, pivots))
     }
 
     /// Token maps of each text on its image: `latents` `[samples, …]` and one list of chunks a sample.
@@ -251,7 +297,7 @@ impl StableDiffusion {
         trajectory: Trajectory,
         layers: MapLayers,
         seeds: &[u64],
-        on_step: impl FnMut(usize),
+        on_step: impl FnMut(usize) -> Result<()>,
     ) -> Result<Recorded> {
         let chunks: Vec<&TextChunk> = texts.iter().flatten().collect();
         let text = self.encode_text(&chunks);
@@ -270,6 +316,16 @@ impl StableDiffusion {
             tokens[sample].push(&chunk.offsets, maps);
         }
         Ok(Recorded { tokens, text, run })
+    }
+
+    /// The GPU that it was loaded to.
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    /// Dtype of its activations.
+    pub fn activations(&self) -> DType {
+        self.activations
     }
 
     fn activation(&self, x: &Tensor) -> Var {

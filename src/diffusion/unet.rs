@@ -3,13 +3,14 @@
 //! Rombach et al.: *High-Resolution Image Synthesis with Latent Diffusion Models*, 2022.
 
 use std::path::Path;
+use std::rc::Rc;
 
 use super::config::ConfigFile;
 use super::maps::Capture;
 use super::resnet::{ResnetBlock, Upsample, conv3x3, downsample};
 use super::transformer::{Transformer2d, TransformerShape};
 use crate::Result;
-use crate::autograd::Var;
+use crate::autograd::{Var, checkpoint};
 use crate::nn::{Conv2d, GroupNorm, Linear, Loader};
 use crate::ops::cast::cast;
 use crate::tensor::Tensor;
@@ -230,6 +231,12 @@ impl Unet {
         &self.config
     }
 
+    /// [`Unet::forward`] that keeps each layer's input alone on the tape and runs the layer again in the backward:
+    /// less memory for a gradient with respect to the text or the latents.
+    pub fn forward_recomputed(&self, x: &Var, timesteps: &[usize], text: &Var) -> Var {
+        self.run(x, timesteps, text, Pass::Recompute)
+    }
+
     /// The noise in `x` `[batch, height, width, in_channels]` at one timestep per sample, given the text states
     /// `[batch, tokens, cross_attention_dim]`.
     ///
@@ -240,8 +247,12 @@ impl Unet {
         x: &Var,
         timesteps: &[usize],
         text: &Var,
-        mut capture: Option<&mut Capture>,
+        capture: Option<&mut Capture>,
     ) -> Var {
+        self.run(x, timesteps, text, Pass::Once(capture))
+    }
+
+    fn run(&self, x: &Var, timesteps: &[usize], text: &Var, mut pass: Pass) -> Var {
         assert_eq!(
             timesteps.len(),
             x.shape()[0],
@@ -254,13 +265,11 @@ impl Unet {
         let mut h = self.conv_in.forward(x);
         let mut skips = vec![h.clone()];
         for block in &self.down_blocks {
-            h = block.forward(&h, &time, text, capture.as_deref_mut(), &mut skips);
+            h = block.forward(&h, &time, text, &mut pass, &mut skips);
         }
-        h = self
-            .mid_block
-            .forward(&h, &time, text, capture.as_deref_mut());
+        h = self.mid_block.forward(&h, &time, text, &mut pass);
         for block in &self.up_blocks {
-            h = block.forward(&h, &time, text, capture.as_deref_mut(), &mut skips);
+            h = block.forward(&h, &time, text, &mut pass, &mut skips);
         }
         self.conv_out
             .forward(&self.conv_norm_out.forward(&h).silu())
@@ -295,9 +304,13 @@ struct Common<'a> {
 }
 
 impl Common<'_> {
-    fn resnet(&self, l: &Loader, cin: usize, cout: usize) -> Result<ResnetBlock> {
+    fn resnet(&self, l: &Loader, cin: usize, cout: usize) -> Result<Rc<ResnetBlock>> {
         let c = self.config;
-        ResnetBlock::load(l, cin, cout, Some(self.time), c.norm_num_groups, c.norm_eps)
+        ResnetBlock::load(l, cin, cout, Some(self.time), c.norm_num_groups, c.norm_eps).map(Rc::new)
+    }
+
+    fn transformer(&self, l: &Loader, name: &str, level: usize) -> Result<Rc<Transformer2d>> {
+        Transformer2d::load(l, name, self.config.transformer(level)).map(Rc::new)
     }
 
     fn down(&self, l: &Loader, level: usize) -> Result<DownBlock> {
@@ -317,10 +330,8 @@ impl Common<'_> {
                 .push(self.resnet(&resnets.sub(j), from, cout)?);
             if c.down_attention[level] {
                 let name = format!("down_blocks.{level}.attentions.{j}");
-                let shape = c.transformer(level);
-                block
-                    .attentions
-                    .push(Transformer2d::load(&attentions.sub(j), &name, shape)?);
+                let transformer = self.transformer(&attentions.sub(j), &name, level)?;
+                block.attentions.push(transformer);
             }
         }
         if level + 1 < c.block_out_channels.len() {
@@ -335,11 +346,7 @@ impl Common<'_> {
         let c = self.config.block_out_channels[level];
         Ok(MidBlock {
             resnet_0: self.resnet(&l.sub("resnets.0"), c, c)?,
-            attention: Transformer2d::load(
-                &l.sub("attentions.0"),
-                "mid_block.attentions.0",
-                self.config.transformer(level),
-            )?,
+            attention: self.transformer(&l.sub("attentions.0"), "mid_block.attentions.0", level)?,
             resnet_1: self.resnet(&l.sub("resnets.1"), c, c)?,
         })
     }
@@ -363,10 +370,8 @@ impl Common<'_> {
                 .push(self.resnet(&resnets.sub(j), from + skip, cout)?);
             if c.up_attention[i] {
                 let name = format!("up_blocks.{i}.attentions.{j}");
-                let shape = c.transformer(level);
-                block
-                    .attentions
-                    .push(Transformer2d::load(&attentions.sub(j), &name, shape)?);
+                let transformer = self.transformer(&attentions.sub(j), &name, level)?;
+                block.attentions.push(transformer);
             }
         }
         if level > 0 {
@@ -376,10 +381,45 @@ impl Common<'_> {
     }
 }
 
+/// How a forward treats its layers.
+enum Pass<'a> {
+    /// As they are, with the maps that the capture wants.
+    Once(Option<&'a mut Capture>),
+    /// Run again in the backward where a gradient flows through them.
+    Recompute,
+}
+
+impl Pass<'_> {
+    fn resnet(&self, block: &Rc<ResnetBlock>, x: &Var, time: &Var) -> Var {
+        match self {
+            Pass::Recompute if x.needs_grad() => {
+                let (block, time) = (block.clone(), time.clone());
+                checkpoint(&[x.clone()], move |x| {
+                    vec![block.forward(&x[0], Some(&time))]
+                })
+                .remove(0)
+            }
+            _ => block.forward(x, Some(time)),
+        }
+    }
+
+    fn transformer(&mut self, block: &Rc<Transformer2d>, x: &Var, text: &Var) -> Var {
+        match self {
+            Pass::Recompute if x.needs_grad() || text.needs_grad() => {
+                let block = block.clone();
+                let inputs = [x.clone(), text.clone()];
+                checkpoint(&inputs, move |v| vec![block.forward(&v[0], &v[1], None)]).remove(0)
+            }
+            Pass::Recompute => block.forward(x, text, None),
+            Pass::Once(capture) => block.forward(x, text, capture.as_deref_mut()),
+        }
+    }
+}
+
 /// `DownBlock2D` or `CrossAttnDownBlock2D`.
 struct DownBlock {
-    resnets: Vec<ResnetBlock>,
-    attentions: Vec<Transformer2d>,
+    resnets: Vec<Rc<ResnetBlock>>,
+    attentions: Vec<Rc<Transformer2d>>,
     downsampler: Option<Conv2d>,
 }
 
@@ -389,14 +429,14 @@ impl DownBlock {
         x: &Var,
         time: &Var,
         text: &Var,
-        mut capture: Option<&mut Capture>,
+        pass: &mut Pass,
         skips: &mut Vec<Var>,
     ) -> Var {
         let mut h = x.clone();
         for (j, resnet) in self.resnets.iter().enumerate() {
-            h = resnet.forward(&h, Some(time));
+            h = pass.resnet(resnet, &h, time);
             if let Some(attention) = self.attentions.get(j) {
-                h = attention.forward(&h, text, capture.as_deref_mut());
+                h = pass.transformer(attention, &h, text);
             }
             skips.push(h.clone());
         }
@@ -410,23 +450,23 @@ impl DownBlock {
 
 /// `UNetMidBlock2DCrossAttn`.
 struct MidBlock {
-    resnet_0: ResnetBlock,
-    attention: Transformer2d,
-    resnet_1: ResnetBlock,
+    resnet_0: Rc<ResnetBlock>,
+    attention: Rc<Transformer2d>,
+    resnet_1: Rc<ResnetBlock>,
 }
 
 impl MidBlock {
-    fn forward(&self, x: &Var, time: &Var, text: &Var, capture: Option<&mut Capture>) -> Var {
-        let h = self.resnet_0.forward(x, Some(time));
-        let h = self.attention.forward(&h, text, capture);
-        self.resnet_1.forward(&h, Some(time))
+    fn forward(&self, x: &Var, time: &Var, text: &Var, pass: &mut Pass) -> Var {
+        let h = pass.resnet(&self.resnet_0, x, time);
+        let h = pass.transformer(&self.attention, &h, text);
+        pass.resnet(&self.resnet_1, &h, time)
     }
 }
 
 /// `UpBlock2D` or `CrossAttnUpBlock2D`.
 struct UpBlock {
-    resnets: Vec<ResnetBlock>,
-    attentions: Vec<Transformer2d>,
+    resnets: Vec<Rc<ResnetBlock>>,
+    attentions: Vec<Rc<Transformer2d>>,
     upsampler: Option<Upsample>,
 }
 
@@ -436,15 +476,15 @@ impl UpBlock {
         x: &Var,
         time: &Var,
         text: &Var,
-        mut capture: Option<&mut Capture>,
+        pass: &mut Pass,
         skips: &mut Vec<Var>,
     ) -> Var {
         let mut h = x.clone();
         for (j, resnet) in self.resnets.iter().enumerate() {
             let skip = skips.pop().expect("one skip per ResNet on the way up");
-            h = resnet.forward(&Var::concat(&[h, skip], 3), Some(time));
+            h = pass.resnet(resnet, &Var::concat(&[h, skip], 3), time);
             if let Some(attention) = self.attentions.get(j) {
-                h = attention.forward(&h, text, capture.as_deref_mut());
+                h = pass.transformer(attention, &h, text);
             }
         }
         match &self.upsampler {

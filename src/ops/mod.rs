@@ -24,6 +24,7 @@ pub mod matmul;
 pub mod permute;
 pub mod reduce;
 pub mod replace_rows;
+pub mod resize_bicubic;
 pub mod resize_bilinear;
 pub mod rms_norm;
 pub mod rotary;
@@ -69,6 +70,7 @@ pub fn variants() -> Vec<Kernel> {
         fma_probe::variants(),
         grad_norm::variants(),
         in_place::variants(),
+        resize_bicubic::variants(),
         resize_bilinear::variants(),
         swiglu::variants(),
         upsample_nearest2x::variants(),

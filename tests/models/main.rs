@@ -8,6 +8,7 @@ mod ddim;
 mod idefics3_processor;
 mod mllama;
 mod mllama_processor;
+mod null_text;
 mod resize;
 mod smolvlm;
 mod smolvlm_fixture;

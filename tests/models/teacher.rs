@@ -97,7 +97,7 @@ fn check_inversion(name: &str, which: &str, steps: usize) {
             trajectory,
             layers,
             &owner_seeds(&owner),
-            |_| (),
+            |_| Ok(()),
         )
         .unwrap();
     let what = |part: &str| format!("{name} {which} {steps} steps: {part}");
@@ -134,7 +134,7 @@ fn check_inversion(name: &str, which: &str, steps: usize) {
         "{seen} layers compared"
     );
     let maps = model
-        .token_maps(&latents, &[chunks], trajectory, layers, &[0], |_| ())
+        .token_maps(&latents, &[chunks], trajectory, layers, &[0], |_| Ok(()))
         .unwrap();
     let found = word_maps(text, Case::Lower, &maps.tokens[0]);
     let words: Vec<&str> = found.words.iter().map(|w| w.text.as_str()).collect();
@@ -227,7 +227,7 @@ fn a_samples_noised_maps_do_not_depend_on_its_batch() {
                 trajectory,
                 MapLayers::HalfAndQuarter,
                 seeds,
-                |_| (),
+                |_| Ok(()),
             )
             .unwrap()
             .tokens

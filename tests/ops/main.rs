@@ -23,6 +23,7 @@ mod matmul;
 mod permute;
 mod reduce;
 mod replace_rows;
+mod resize_bicubic;
 mod resize_bilinear;
 mod rms_norm;
 mod rotary;

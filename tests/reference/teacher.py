@@ -13,6 +13,9 @@ expected files. The two checkpoints differ on purpose:
   b  three levels with attention in all, two ResNets a block, odd sides (12, 6, 3), a head count per
      level, linear projections around the transformers, bf16, today's names, tokenizer.json
 
+Also null-text inversion in 2 steps of 3 updates (prompt-to-prompt's rule: Adam, lr 1e-2 (1 - i/100), guidance 7.5,
+stop below 1e-5 + 2e-5 i), guided sampling by DDIM and PNDM from given noise, and the DAAM aggregate.
+
 Word maps: tokens of a word averaged, then its occurrences; layers of a side averaged, sides 1/2 and
 1/4 of the latent side resized bilinearly (half-pixel centres) to 32 and averaged.
 """
@@ -268,6 +271,75 @@ def word_maps(tokenizer, chunks, sums_of_chunk, steps, side):
     return list(occurrences), torch.stack([torch.stack(m).mean(0) for m in occurrences.values()])
 
 
+def daam_maps(tokenizer, text, sums, steps, side):
+    """`raw` [words, 32, 32] of What the DAAM: every layer bicubic to the latent side, clamped, all averaged."""
+    merged = []
+    for name, m in sums.items():
+        grid = int(m.shape[0] ** 0.5)
+        if name.startswith("mid_block") or grid * 8 == side:
+            continue
+        m = (m / steps).T.reshape(1, 77, grid, grid)
+        merged.append(F.interpolate(m, size=(side, side), mode="bicubic", align_corners=False).clamp(min=0))
+    assert merged
+    m = torch.stack(merged).mean(0)
+    token_maps = F.interpolate(m, size=(32, 32), mode="bilinear", align_corners=False, antialias=False)[0]
+    offsets = tokenizer(text, return_offsets_mapping=True).offset_mapping[1:-1]
+    occurrences = {}
+    for a, b in words_of(text):
+        rows = [1 + i for i, (s, e) in enumerate(offsets) if s < b and e > a]
+        occurrences.setdefault(text[a:b].lower(), []).append(token_maps[rows].mean(0))
+    return torch.stack([torch.stack(m).mean(0) for m in occurrences.values()])
+
+
+def null_text(unet, bars, latents, cond, uncond, steps, updates, guidance=7.5):
+    """Null-text inversion as prompt-to-prompt's notebook does it: pivots, embeddings, losses, the reconstruction."""
+    stride = 1000 // steps
+
+    def move(z, eps, before, after):
+        x0 = (z - (1 - before).sqrt() * eps) / before.sqrt()
+        return (after.sqrt() * x0 + (1 - after).sqrt() * eps).float()
+
+    pivots = [latents]
+    for i in range(steps):
+        with torch.no_grad():
+            eps = unet(pivots[-1], i * stride, encoder_hidden_states=cond).sample
+        pivots.append(move(pivots[-1], eps, bars[max((i - 1) * stride, 0)], bars[i * stride]))
+    z, embeddings, losses = pivots[-1], [], []
+    for i in range(steps):
+        t = (steps - 1 - i) * stride
+        uncond = uncond.clone().detach().requires_grad_(True)
+        optimizer = torch.optim.Adam([uncond], lr=1e-2 * (1 - i / 100))
+        target = pivots[steps - 1 - i]
+        with torch.no_grad():
+            eps_cond = unet(z, t, encoder_hidden_states=cond).sample
+        for _ in range(updates):
+            eps_uncond = unet(z, t, encoder_hidden_states=uncond).sample
+            eps = eps_uncond + guidance * (eps_cond - eps_uncond)
+            loss = F.mse_loss(move(z, eps, bars[t], bars[max(t - stride, 0)]), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if loss.item() < 1e-5 + i * 2e-5:
+                break
+        losses.append(loss.item())
+        embeddings.append(uncond.detach())
+        with torch.no_grad():
+            eps_uncond = unet(z, t, encoder_hidden_states=uncond).sample
+        z = move(z, eps_uncond + guidance * (eps_cond - eps_uncond), bars[t], bars[max(t - stride, 0)])
+    return pivots, torch.cat(embeddings), torch.tensor(losses), z
+
+
+def paint(scheduler, unet, noise, cond, uncond, steps, guidance=7.5):
+    scheduler.set_timesteps(steps)
+    z = noise
+    for t in scheduler.timesteps:
+        with torch.no_grad():
+            a = unet(z, t, encoder_hidden_states=uncond).sample
+            b = unet(z, t, encoder_hidden_states=cond).sample
+        z = scheduler.step(a + guidance * (b - a), t, z).prev_sample
+    return z
+
+
 def min_max(raw):
     low, high = raw.amin((1, 2), keepdim=True), raw.amax((1, 2), keepdim=True)
     return (raw - low) / (high - low + 1e-6)
@@ -359,6 +431,34 @@ def expect(name, tokenizer, text_model, unet, vae, step_counts):
             eps = unet(z, t, encoder_hidden_states=states).sample
         out[f"noised.eps{t}"] = eps
     _, out["noised.raw"] = word_maps(tokenizer, [SHORT], [dict(sums)], 2, side)
+    out["noised.daam"] = daam_maps(tokenizer, SHORT, dict(sums), 2, side)
+    # Null-text inversion; its maps are the conditional branch's on the way down.
+    empty = tokenizer("", padding="max_length", max_length=77, return_tensors="pt").input_ids
+    with torch.no_grad():
+        uncond = text_model(empty).last_hidden_state
+    states = out["short.text"]
+    pivots, embeddings, losses, reached = null_text(unet, bars, latents, states, uncond, steps=2, updates=3)
+    out["null.embeddings"], out["null.losses"], out["null.latents"] = embeddings, losses, reached
+    sums.clear()
+    z = pivots[-1]
+    for i, t in enumerate((500, 0)):
+        with torch.no_grad():
+            b = unet(z, t, encoder_hidden_states=states).sample
+            mine = dict(sums)
+            a = unet(z, t, encoder_hidden_states=embeddings[i : i + 1]).sample
+            sums.clear()
+            sums.update(mine)
+        eps, before, after = a + 7.5 * (b - a), bars[t], bars[max(t - 500, 0)]
+        z = (after.sqrt() * (z - (1 - before).sqrt() * eps) / before.sqrt() + (1 - after).sqrt() * eps).float()
+    assert torch.allclose(z, reached, rtol=1e-4, atol=1e-4)
+    _, out["null.raw"] = word_maps(tokenizer, [SHORT], [dict(sums)], 2, side)
+    # Painting, with the scheduler's own offset of timesteps.
+    options = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False)
+    options["steps_offset"] = 1 if name == "a" else 0
+    ddim = DDIMScheduler(clip_sample=False, **options)
+    pndm = PNDMScheduler(skip_prk_steps=True, **options)
+    out["paint.ddim"] = paint(ddim, unet, noise, states, uncond, 4)
+    out["paint.pndm"] = paint(pndm, unet, noise, states, uncond, 6)
     # Gradients through the whole U-Net and text encoder.
     ids = out["short.ids"].long()
     states = text_model(ids).last_hidden_state

@@ -277,7 +277,8 @@ pub fn pointing(
             .collect::<Result<_>>()?;
         let seeds: Vec<u64> = (0..chunk.len()).map(|i| (number * 16 + i) as u64).collect();
         let layers = MapLayers::default();
-        let recorded = model.token_maps(&latents, &texts, trajectory, layers, &seeds, |_| ())?;
+        let recorded =
+            model.token_maps(&latents, &texts, trajectory, layers, &seeds, |_| Ok(()))?;
         for (scene, tokens) in chunk.iter().zip(&recorded.tokens) {
             let words = scene.word_masks();
             for (word, mask) in &words {
@@ -394,7 +395,7 @@ impl Denoising<'_> {
                 let variant = (step * batch + place) as u64;
                 let (caption, words) = self.scenes[number].recaptioned(self.recipe.seed, variant);
                 regions.push(self.regions(&caption, &words)?);
-                ids.extend(self.tokenizer.ids(&caption)?);
+                ids.extend(self.tokenizer.chunk_of(&caption)?.ids);
                 let timestep = dice.below(part.timesteps);
                 let bar = self.noise.alpha_bar(timestep as isize);
                 timesteps.push(timestep);
