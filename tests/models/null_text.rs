@@ -171,11 +171,8 @@ fn recomputing_layers_changes_no_gradient() {
         };
         let kept = gradient(false);
         assert_relative(name, &kept, &expected.get("grad.text").0, RELATIVE);
-        assert_eq!(
-            kept,
-            gradient(true),
-            "the same kernels run in the same order"
-        );
+        // The same kernels, but gradients of skip connections add up in another order.
+        assert_relative(name, &gradient(true), &kept, 1e-6);
     }
 }
 

@@ -459,7 +459,8 @@ def expect(name, tokenizer, text_model, unet, vae, step_counts):
     pndm = PNDMScheduler(skip_prk_steps=True, **options)
     out["paint.ddim"] = paint(ddim, unet, noise, states, uncond, 4)
     out["paint.pndm"] = paint(pndm, unet, noise, states, uncond, 6)
-    # Gradients through the whole U-Net and text encoder.
+    # Gradients through the whole U-Net and text encoder; the optimisation above left some.
+    unet.zero_grad()
     ids = out["short.ids"].long()
     states = text_model(ids).last_hidden_state
     states.retain_grad()
