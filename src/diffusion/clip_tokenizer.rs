@@ -1,5 +1,6 @@
 //! CLIP's byte-pair tokenizer, and texts longer than its context cut into chunks.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
@@ -47,17 +48,40 @@ impl ClipTokenizer {
                     "no tokenizer: expected tokenizer.json, or vocab.json and merges.txt",
                 ));
             }
-            let bytes = assemble(&vocab, &dir.join("merges.txt"))?;
+            let bytes = read_vocabulary(&vocab, &dir.join("merges.txt"))?;
             (vocab, bytes)
         };
+        let specials = read_object(&dir.join("tokenizer_config.json"))?;
+        let older = read_object(&dir.join("special_tokens_map.json"))?;
+        Self::new(path, bytes, [specials, older], context, vocabulary)
+    }
+
+    /// CLIP's own vocabulary, which the program carries: for checkpoints without a tokenizer. Arguments and errors as
+    /// [`ClipTokenizer::load`].
+    pub fn embedded(context: usize, vocabulary: usize) -> Result<Self> {
+        let path = PathBuf::from("models/clip-tokenizer/bpe_simple_vocab_16e6.txt.gz");
+        let (names, merges) = published_vocabulary().map_err(|e| Error::io(&path, e))?;
+        let merges: Vec<&str> = merges.iter().map(String::as_str).collect();
+        let names = names.into_iter().enumerate();
+        let vocabulary_json = names.map(|(id, name)| (name, Value::from(id))).collect();
+        let bytes = assemble(&vocabulary_json, &merges);
+        Self::new(path, bytes, Default::default(), context, vocabulary)
+    }
+
+    /// From a `tokenizer.json`, and the objects that may name its special tokens.
+    fn new(
+        path: PathBuf,
+        bytes: Vec<u8>,
+        [specials, older]: [serde_json::Map<String, Value>; 2],
+        context: usize,
+        vocabulary: usize,
+    ) -> Result<Self> {
         let mut tokenizer = Tokenizer::from_bytes(bytes)
             .map_err(|e| Error::file(&path, format!("not a tokenizer: {e}")))?;
         tokenizer
             .with_truncation(None)
             .map_err(|e| Error::file(&path, e.to_string()))?
             .with_padding(None);
-        let specials = read_object(&dir.join("tokenizer_config.json"))?;
-        let older = read_object(&dir.join("special_tokens_map.json"))?;
         let id = |field: &str, default: &str| -> Result<u32> {
             let written = |v: &Value| match v {
                 Value::String(s) => Some(s.clone()),
@@ -218,14 +242,47 @@ fn read_object(path: &Path) -> Result<serde_json::Map<String, Value>> {
         .map_err(|e| Error::file(path, format!("expected a JSON object: {e}")))
 }
 
-/// The `tokenizer.json` that `transformers` writes for a CLIP vocabulary and its merges.
-fn assemble(vocab: &Path, merges: &Path) -> Result<Vec<u8>> {
+/// The `tokenizer.json` of a `vocab.json` and a `merges.txt`.
+fn read_vocabulary(vocab: &Path, merges: &Path) -> Result<Vec<u8>> {
     let vocabulary = read_object(vocab)?;
     let text = std::fs::read_to_string(merges).map_err(|e| Error::io(merges, e))?;
     let merges: Vec<&str> = text
         .lines()
         .filter(|line| !line.starts_with("#version") && !line.trim().is_empty())
         .collect();
+    Ok(assemble(&vocabulary, &merges))
+}
+
+/// CLIP's merges as published; `models/clip-tokenizer/README.md` says where they are from.
+static PUBLISHED_MERGES: &[u8] =
+    include_bytes!("../../models/clip-tokenizer/bpe_simple_vocab_16e6.txt.gz");
+/// The merges that CLIP uses of them: 49,408 tokens less two for each byte and two special ones.
+const MERGES: usize = 49_408 - 2 * 256 - 2;
+
+/// CLIP's tokens in the order of their ids, and its merges, `"a b"` each.
+fn published_vocabulary() -> std::io::Result<(Vec<String>, Vec<String>)> {
+    let mut text = String::new();
+    flate2::read::GzDecoder::new(PUBLISHED_MERGES).read_to_string(&mut text)?;
+    let merges: Vec<String> = text
+        .lines()
+        .skip(1)
+        .take(MERGES)
+        .map(str::to_string)
+        .collect();
+    // Bytes that print stand for themselves, the others for the characters from 256 on.
+    let prints = |b: &u32| matches!(b, 33..=126 | 161..=172 | 174..=255);
+    let others = 256 - (0..256).filter(prints).count() as u32;
+    let bytes = (0..256).filter(prints).chain(256..256 + others);
+    let bytes: Vec<String> = bytes.filter_map(char::from_u32).map(String::from).collect();
+    let names = bytes.iter().cloned();
+    let names = names.chain(bytes.iter().map(|b| format!("{b}</w>")));
+    let names = names.chain(merges.iter().map(|merge| merge.replace(' ', "")));
+    let specials = ["<|startoftext|>", "<|endoftext|>"].map(String::from);
+    Ok((names.chain(specials).collect(), merges))
+}
+
+/// The `tokenizer.json` that `transformers` writes for a CLIP vocabulary and its merges.
+fn assemble(vocabulary: &serde_json::Map<String, Value>, merges: &[&str]) -> Vec<u8> {
     let specials: Vec<Value> = ["<|startoftext|>", "<|endoftext|>"]
         .iter()
         .filter_map(|name| {
@@ -255,5 +312,5 @@ fn assemble(vocab: &Path, merges: &Path) -> Result<Vec<u8>> {
             "vocab": vocabulary, "merges": merges,
         },
     });
-    Ok(tokenizer.to_string().into_bytes())
+    tokenizer.to_string().into_bytes()
 }

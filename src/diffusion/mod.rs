@@ -13,11 +13,12 @@ pub mod null_text;
 pub mod pipeline;
 pub mod resnet;
 pub mod sampler;
+pub mod single_file;
 pub mod transformer;
 pub mod unet;
 pub mod vae;
 
-pub use checkpoint::TeacherOptions;
+pub use checkpoint::{TeacherFiles, TeacherOptions, is_diffusion};
 pub use clip_text::{ClipText, ClipTextConfig};
 pub use clip_tokenizer::{ClipTokenizer, TextChunk};
 pub use ddim::{NoiseSchedule, SchedulerConfig};

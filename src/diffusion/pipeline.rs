@@ -124,7 +124,7 @@ pub struct Recorded {
 
 /// Tokenizer, text encoder, VAE, U-Net and noise schedule of one checkpoint.
 pub struct StableDiffusion {
-    /// The directory it was loaded from.
+    /// The directory or file it was loaded from.
     pub path: PathBuf,
     /// Text to ids.
     pub tokenizer: ClipTokenizer,
@@ -136,6 +136,7 @@ pub struct StableDiffusion {
     pub unet: Unet,
     /// ᾱ over timesteps.
     pub schedule: NoiseSchedule,
+    pub(super) files: Vec<PathBuf>,
     pub(super) gpu: Gpu,
     pub(super) activations: DType,
 }

@@ -39,24 +39,38 @@ impl Checkpoint {
     /// # Errors
     /// A missing, truncated, overlapping or pickled checkpoint, naming the file.
     pub fn open(path: &Path, stem: &str) -> Result<Checkpoint> {
+        Checkpoint::open_variant(path, stem, false)
+    }
+
+    /// [`Checkpoint::open`], of a directory with both variants the one in half precision if `half` and the full one
+    /// otherwise.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn open_variant(path: &Path, stem: &str, half: bool) -> Result<Checkpoint> {
         if path.is_file() {
             return Checkpoint::from_shards(path, &[path.to_path_buf()]);
         }
         if !path.is_dir() {
             return Err(Error::file(path, "no such file or directory"));
         }
-        for name in [
+        let full = [
             format!("{stem}.safetensors"),
+            format!("{stem}.safetensors.index.json"),
+        ];
+        let fp16 = [
             format!("{stem}.fp16.safetensors"),
-        ] {
-            let file = path.join(name);
-            if file.is_file() {
-                return Checkpoint::from_shards(path, &[file]);
+            format!("{stem}.safetensors.index.fp16.json"),
+        ];
+        let order = if half { [fp16, full] } else { [full, fp16] };
+        for [whole, index] in order {
+            let (whole, index) = (path.join(whole), path.join(index));
+            if whole.is_file() {
+                return Checkpoint::from_shards(path, &[whole]);
             }
-        }
-        let index = path.join(format!("{stem}.safetensors.index.json"));
-        if index.is_file() {
-            return Checkpoint::from_shards(path, &shards_of(&index)?);
+            if index.is_file() {
+                return Checkpoint::from_shards(path, &shards_of(&index)?);
+            }
         }
         Err(missing(path, stem))
     }
@@ -91,6 +105,40 @@ impl Checkpoint {
                 .collect(),
             ..self
         }
+    }
+
+    /// The tensors that `place` gives a name, under that name and with a shape of as many elements: one component of a
+    /// file that holds several.
+    pub fn select(
+        &self,
+        place: impl Fn(&str, &[usize]) -> Option<(String, Vec<usize>)>,
+    ) -> Checkpoint {
+        let entries = self.entries.iter().filter_map(|(name, entry)| {
+            let (name, shape) = place(name, &entry.shape)?;
+            assert_eq!(
+                super::elements(&shape),
+                super::elements(&entry.shape),
+                "select: {name} {:?} as {shape:?}",
+                entry.shape
+            );
+            Some((
+                name,
+                Entry {
+                    shape,
+                    ..entry.clone()
+                },
+            ))
+        });
+        Checkpoint {
+            entries: entries.collect(),
+            path: self.path.clone(),
+            shards: self.shards.clone(),
+        }
+    }
+
+    /// The files that hold the tensors.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.shards.iter().map(|(path, _)| path.as_path())
     }
 
     /// The file or directory it was opened from.

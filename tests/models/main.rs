@@ -15,3 +15,4 @@ mod smolvlm_fixture;
 mod smolvlm_train;
 mod teacher;
 mod teacher_fixture;
+mod teacher_layouts;
