@@ -17,6 +17,7 @@ pub mod ask;
 pub mod attention;
 pub mod devices;
 pub mod generate;
+pub mod merge;
 pub mod pretrain;
 pub mod targets;
 pub mod train;
@@ -57,6 +58,8 @@ pub enum Command {
     Devices(devices::Args),
     /// Paint a picture of a text with a diffusion model
     Generate(generate::Args),
+    /// Merge a LoRA adapter into the weights of its model
+    Merge(merge::Args),
     /// Train a mini model from nothing by a recipe
     Pretrain(pretrain::Args),
     /// Make the word maps of every sample of a data set, from a diffusion model
@@ -73,6 +76,7 @@ impl Command {
             Self::Attention(args) => attention::run(args, context),
             Self::Devices(args) => devices::run(args, context),
             Self::Generate(args) => generate::run(args, context),
+            Self::Merge(args) => merge::run(args, context),
             Self::Pretrain(args) => pretrain::run(args, context),
             Self::Targets(args) => targets::run(args, context),
             Self::Ask(args) => ask::run(args, context),

@@ -1,6 +1,9 @@
 //! Opening a vision-language model for `ask` and `attention`.
 
+use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
+
+use tempfile::TempDir;
 
 use super::Context;
 use crate::align::aligner::{Aligner, AlignerShape};
@@ -12,7 +15,7 @@ use crate::train::config::{Config, EMBEDDED, Precision};
 use crate::vlm::Student;
 use crate::vlm::processor::template::Message;
 
-/// The model at `dir` (`mini`: the embedded one, from the working files of `scratch`), with the LoRA
+/// The model at `dir` (`mini`: the embedded one), with the LoRA
 /// adapter of a PEFT folder or of a run directory.
 ///
 /// # Errors
@@ -24,15 +27,8 @@ pub(super) fn open(dir: &Path, lora: Option<&Path>, context: &Context) -> Result
         activations: context.activations(Precision::default())?,
         ..LoadOptions::default()
     };
-    let gpu = context.gpu()?;
-    let student = match dir == Path::new(EMBEDDED) {
-        true => {
-            let scratch = tempfile::tempdir().map_err(|e| Error::io(dir, e))?;
-            let unpacked = crate::embedded::unpack("student", scratch.path())?;
-            Student::open(unpacked, gpu, options)?
-        }
-        false => Student::open(dir, gpu, options)?,
-    };
+    let scratch = Scratch::default();
+    let student = Student::open(scratch.model(dir)?, context.gpu()?, options)?;
     if let Some(lora) = &lora {
         load_lora(lora, &student.parameters(), |name| {
             student.rename_lora(name)
@@ -41,8 +37,26 @@ pub(super) fn open(dir: &Path, lora: Option<&Path>, context: &Context) -> Result
     Ok(student)
 }
 
+/// Where the embedded model is unpacked to while it is read.
+#[derive(Default)]
+pub(super) struct Scratch(OnceCell<TempDir>);
+
+impl Scratch {
+    /// The directory `dir`, or for `mini` the embedded model's.
+    ///
+    /// # Errors
+    /// No room for temporary files.
+    pub(super) fn model(&self, dir: &Path) -> Result<PathBuf> {
+        if dir != Path::new(EMBEDDED) {
+            return Ok(dir.to_path_buf());
+        }
+        let made = tempfile::tempdir().map_err(|e| Error::io(dir, e))?;
+        crate::embedded::unpack("student", self.0.get_or_init(|| made).path())
+    }
+}
+
 /// A run directory's `lora/`, or the folder itself.
-fn peft_folder(dir: &Path) -> PathBuf {
+pub(super) fn peft_folder(dir: &Path) -> PathBuf {
     match dir.join("lora/adapter_config.json").is_file() {
         true => dir.join("lora"),
         false => dir.to_path_buf(),

@@ -1,21 +1,16 @@
-//! LoRA factors beside frozen linear layers, read and written in PEFT's format.
+//! LoRA factors beside frozen linear layers.
 
 use std::cell::Cell;
-use std::collections::BTreeMap;
-use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
 use super::loader::{Init, Loader};
-use super::parameters::{Kind, Parameters};
 use crate::autograd::Var;
-use crate::error::{Error, Result};
-use crate::files::write_bytes;
 use crate::ops::dropout::dropout;
-use crate::tensor::{Checkpoint, HostTensor, save_safetensors};
 
 /// Low-rank adaptation of linear layers (Hu et al., 2021).
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct LoraConfig {
     /// Rank.
     pub r: usize,
@@ -25,18 +20,55 @@ pub struct LoraConfig {
     pub dropout: f32,
     /// Module names; a module is adapted when its path is one of these or ends with `.name`.
     pub target_modules: Vec<String>,
+    /// Scale by alpha / √r instead (rsLoRA: Kalajdzievski, 2023).
+    pub use_rslora: bool,
+    /// Ranks of single modules, by names that match as `target_modules` do; the first that matches counts.
+    pub rank_pattern: Vec<(String, usize)>,
+    /// Alphas of single modules, likewise.
+    pub alpha_pattern: Vec<(String, f32)>,
 }
 
 impl LoraConfig {
     /// Whether PEFT would adapt the module at `path`.
     pub fn matches(&self, path: &str) -> bool {
-        self.target_modules.iter().any(|name| {
-            path == name
-                || path
-                    .strip_suffix(name.as_str())
-                    .is_some_and(|p| p.ends_with('.'))
-        })
+        self.target_modules.iter().any(|name| names(name, path))
     }
+
+    /// Rank of the module at `path`.
+    pub fn rank(&self, path: &str) -> usize {
+        pattern(&self.rank_pattern, path).unwrap_or(self.r)
+    }
+
+    /// Factor of the module's update B A x: α/r, or α/√r with rsLoRA.
+    pub fn scale(&self, path: &str) -> f32 {
+        let alpha = pattern(&self.alpha_pattern, path).unwrap_or(self.alpha);
+        let rank = self.rank(path) as f32;
+        match self.use_rslora {
+            true => alpha / rank.sqrt(),
+            false => alpha / rank,
+        }
+    }
+
+    /// The same with every module name passed through `to_canonical` (another key dialect).
+    pub fn rename(mut self, to_canonical: impl Fn(&str) -> String) -> Self {
+        let ranks = self.rank_pattern.iter_mut().map(|(name, _)| name);
+        let alphas = self.alpha_pattern.iter_mut().map(|(name, _)| name);
+        for name in self.target_modules.iter_mut().chain(ranks).chain(alphas) {
+            *name = to_canonical(name);
+        }
+        self
+    }
+}
+
+/// Whether `name` is `path` or its end after a dot.
+fn names(name: &str, path: &str) -> bool {
+    let before = path.strip_suffix(name);
+    before.is_some_and(|before| before.is_empty() || before.ends_with('.'))
+}
+
+fn pattern<T: Copy>(list: &[(String, T)], path: &str) -> Option<T> {
+    let found = list.iter().find(|(name, _)| names(name, path));
+    found.map(|&(_, value)| value)
 }
 
 thread_local! {
@@ -68,10 +100,11 @@ impl Lora {
         }
         // Kaiming uniform with a = √5, as PEFT: ±1/√in.
         let bound = 1.0 / (inputs as f32).sqrt();
+        let rank = config.rank(&path);
         Some(Lora {
-            a: loader.lora_factor("lora_A.weight", &[config.r, inputs], Init::Uniform(bound)),
-            b: loader.lora_factor("lora_B.weight", &[outputs, config.r], Init::Zeros),
-            scale: config.alpha / config.r as f32,
+            a: loader.lora_factor("lora_A.weight", &[rank, inputs], Init::Uniform(bound)),
+            b: loader.lora_factor("lora_B.weight", &[outputs, rank], Init::Zeros),
+            scale: config.scale(&path),
             dropout: config.dropout,
             site: fnv1a(&path),
         })
@@ -106,118 +139,30 @@ fn fnv1a(text: &str) -> u64 {
     })
 }
 
-const PREFIX: &str = "base_model.model.";
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// Writes `adapter_model.safetensors` and `adapter_config.json` into `dir`, as PEFT does.
-///
-/// # Errors
-/// A GPU error while reading back, or files that cannot be written.
-pub fn save_lora(
-    dir: &Path,
-    parameters: &Parameters,
-    config: &LoraConfig,
-    base_model: &str,
-) -> Result<()> {
-    std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
-    let mut tensors = Vec::new();
-    for p in parameters.all().iter().filter(|p| p.kind == Kind::Lora) {
-        let tensor = HostTensor::f32(p.var.shape(), &p.var.value().to_f32()?);
-        tensors.push((format!("{PREFIX}{}", p.name), tensor));
+    #[test]
+    fn scale_and_rank_follow_the_patterns_as_in_peft() {
+        let config = LoraConfig {
+            r: 4,
+            alpha: 8.0,
+            target_modules: vec!["q_proj".into()],
+            rank_pattern: vec![("layers.1.self_attn.q_proj".into(), 16)],
+            alpha_pattern: vec![("v_proj".into(), 2.0)],
+            ..LoraConfig::default()
+        };
+        let path = "model.layers.1.self_attn.q_proj";
+        assert!(config.matches(path) && !config.matches("model.layers.1.xq_proj"));
+        assert_eq!((config.rank(path), config.rank("a.q_proj")), (16, 4));
+        // "11.self_attn" does not end with ".1.self_attn".
+        assert_eq!(config.rank("model.layers.11.self_attn.q_proj"), 4);
+        assert_eq!((config.scale(path), config.scale("a.v_proj")), (0.5, 0.5));
+        let rs = LoraConfig {
+            use_rslora: true,
+            ..config
+        };
+        assert_eq!((rs.scale(path), rs.scale("a.v_proj")), (2.0, 1.0));
     }
-    let metadata = [("format".to_string(), "pt".to_string())];
-    let weights = dir.join("adapter_model.safetensors");
-    save_safetensors(&weights, &tensors, Some(metadata.into()))?;
-    let json = serde_json::json!({
-        "peft_type": "LORA",
-        "auto_mapping": null,
-        "base_model_name_or_path": base_model,
-        "bias": "none",
-        "fan_in_fan_out": false,
-        "inference_mode": true,
-        "init_lora_weights": true,
-        "layers_pattern": null,
-        "layers_to_transform": null,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "modules_to_save": null,
-        "r": config.r,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "revision": null,
-        "target_modules": config.target_modules,
-        "task_type": null,
-        "use_dora": false,
-        "use_rslora": false,
-    });
-    let text = serde_json::to_string_pretty(&json).map_err(|e| Error::file(dir, e.to_string()))?;
-    write_bytes(dir.join("adapter_config.json"), text.as_bytes())
-}
-
-/// The configuration in `dir`'s `adapter_config.json`.
-///
-/// # Errors
-/// A missing or unreadable file, or an adapter type other than plain LoRA.
-pub fn lora_config(dir: &Path) -> Result<LoraConfig> {
-    let path = dir.join("adapter_config.json");
-    let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
-    let json: serde_json::Value =
-        serde_json::from_str(&text).map_err(|e| Error::file(&path, format!("not JSON: {e}")))?;
-    let bad = |field: &str, wanted: &str| {
-        Error::file(
-            &path,
-            format!("field `{field}`: {} found, {wanted} expected", json[field]),
-        )
-    };
-    if json["peft_type"] != "LORA" {
-        return Err(bad("peft_type", "\"LORA\""));
-    }
-    for field in ["use_dora", "use_rslora", "fan_in_fan_out"] {
-        if json[field] == true {
-            return Err(bad(field, "false"));
-        }
-    }
-    let modules = json["target_modules"].as_array();
-    let modules = modules.ok_or_else(|| bad("target_modules", "a list of names"))?;
-    Ok(LoraConfig {
-        r: json["r"].as_u64().ok_or_else(|| bad("r", "an integer"))? as usize,
-        alpha: json["lora_alpha"]
-            .as_f64()
-            .ok_or_else(|| bad("lora_alpha", "a number"))? as f32,
-        dropout: json["lora_dropout"].as_f64().unwrap_or(0.0) as f32,
-        target_modules: modules
-            .iter()
-            .filter_map(|m| m.as_str().map(String::from))
-            .collect(),
-    })
-}
-
-/// Fills the model's LoRA factors from `dir`, accepting the key dialects of older and newer
-/// `transformers` (`rename` maps a module path to today's).
-///
-/// # Errors
-/// The first factor that is missing, superfluous or of another shape, by name.
-pub fn load_lora(
-    dir: &Path,
-    parameters: &Parameters,
-    rename: impl Fn(&str) -> String,
-) -> Result<()> {
-    let file = Checkpoint::open(dir, "adapter_model")?.rename(|name| {
-        let bare = name.strip_prefix(PREFIX).unwrap_or(name);
-        rename(&bare.replace(".default.weight", ".weight"))
-    });
-    let wanted: BTreeMap<String, Var> = parameters
-        .all()
-        .into_iter()
-        .filter(|p| p.kind == Kind::Lora)
-        .map(|p| (p.name, p.var))
-        .collect();
-    if let Some(name) = file.names().find(|name| !wanted.contains_key(*name)) {
-        let message = "this model has no such module; the adapter was made for another base";
-        return Err(Error::tensor(dir, name, message));
-    }
-    for (name, var) in &wanted {
-        let values = file.values_of(name, var.shape())?;
-        var.value().write_f32(&values);
-    }
-    Ok(())
 }

@@ -7,11 +7,13 @@ mod loader;
 mod lora;
 mod norm;
 mod parameters;
+mod peft;
 
 pub use conv2d::Conv2d;
 pub use embedding::Embedding;
 pub use linear::Linear;
 pub use loader::{Init, LoadOptions, Loader};
-pub use lora::{LoraConfig, load_lora, lora_config, save_lora, set_dropout_seed};
+pub use lora::{LoraConfig, set_dropout_seed};
 pub use norm::{GroupNorm, LayerNorm, RmsNorm};
 pub use parameters::{Kind, Layout, Parameter, Parameters};
+pub use peft::{another_base, load_lora, lora_config, lora_factors, save_lora};

@@ -24,6 +24,18 @@ struct Entry {
     range: std::ops::Range<usize>,
 }
 
+/// A tensor as it lies in its file.
+pub struct Stored<'a> {
+    /// Name (of [`Checkpoint::rename`], if that was called).
+    pub name: &'a str,
+    /// Element type.
+    pub dtype: safetensors::Dtype,
+    /// Shape.
+    pub shape: &'a [usize],
+    /// Little-endian bytes, memory-mapped.
+    pub bytes: &'a [u8],
+}
+
 /// The tensors of a checkpoint by name; clones share the memory maps.
 #[derive(Clone)]
 pub struct Checkpoint {
@@ -260,6 +272,27 @@ impl Checkpoint {
             bytemuck::pod_collect_to_vec(self.bytes(entry)),
             entry.shape.clone(),
         ))
+    }
+
+    /// Every file with its tensors as they lie in it, in the file's order.
+    pub fn stored(&self) -> Vec<(&Path, Vec<Stored<'_>>)> {
+        let mut entries: Vec<(&String, &Entry)> = self.entries.iter().collect();
+        entries.sort_by_key(|(_, entry)| (entry.shard, entry.range.start));
+        let mut files: Vec<(&Path, Vec<Stored<'_>>)> = Vec::new();
+        files.extend(
+            self.shards
+                .iter()
+                .map(|(path, _)| (path.as_path(), Vec::new())),
+        );
+        for (name, entry) in entries {
+            files[entry.shard].1.push(Stored {
+                name,
+                dtype: entry.dtype,
+                shape: &entry.shape,
+                bytes: self.bytes(entry),
+            });
+        }
+        files
     }
 
     /// Bytes of all tensors as stored.

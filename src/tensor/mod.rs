@@ -6,7 +6,7 @@ mod save;
 
 use std::sync::Arc;
 
-pub use checkpoint::Checkpoint;
+pub use checkpoint::{Checkpoint, Stored};
 pub use dtype::DType;
 pub use save::{HostTensor, save_safetensors};
 

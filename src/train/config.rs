@@ -135,6 +135,8 @@ pub struct Lora {
     pub dropout: f64,
     /// Suffixes of the linear layers that are adapted; default `q_proj` and `v_proj`.
     pub target_modules: Vec<String>,
+    /// Whether the scale is α/√r instead of α/r (rsLoRA); default false.
+    pub use_rslora: bool,
 }
 
 /// `[optimizer]` (AdamW)
@@ -223,7 +225,7 @@ pub struct Run {
 }
 
 /// Every key, for messages about unknown ones.
-pub const KEYS: [&str; 37] = [
+pub const KEYS: [&str; 38] = [
     "model.path",
     "data.path",
     "data.images",
@@ -246,6 +248,7 @@ pub const KEYS: [&str; 37] = [
     "lora.alpha",
     "lora.dropout",
     "lora.target_modules",
+    "lora.use_rslora",
     "optimizer.lr",
     "optimizer.betas",
     "optimizer.eps",
@@ -312,6 +315,7 @@ impl Default for Lora {
             alpha: 32.0,
             dropout: 0.05,
             target_modules: vec!["q_proj".into(), "v_proj".into()],
+            use_rslora: false,
         }
     }
 }

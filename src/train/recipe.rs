@@ -108,6 +108,8 @@ impl Training {
                 alpha: config.lora.alpha as f32,
                 dropout: config.lora.dropout as f32,
                 target_modules: config.lora.target_modules.clone(),
+                use_rslora: config.lora.use_rslora,
+                ..LoraConfig::default()
             },
         };
         let options = LoadOptions {

@@ -5,6 +5,7 @@ pub mod generate;
 pub mod idefics3;
 mod idefics3_config;
 pub mod idefics3_processor;
+pub mod merge;
 pub mod mllama;
 mod mllama_config;
 pub mod mllama_processor;

@@ -72,13 +72,11 @@ impl Student {
     ///
     /// # Errors
     /// A missing or unusable file, an unknown `model_type`, a missing or mis-shaped tensor, by name.
-    pub fn open(dir: impl AsRef<Path>, gpu: &Gpu, options: LoadOptions) -> Result<Self> {
+    pub fn open(dir: impl AsRef<Path>, gpu: &Gpu, mut options: LoadOptions) -> Result<Self> {
         let dir = dir.as_ref();
-        let kind = model_type(dir)?;
-        let mut checkpoint = Checkpoint::open(dir, "model")?;
-        if kind == "mllama" {
-            checkpoint = checkpoint.rename(mllama::canonical);
-        }
+        let rename = canonical(&model_type(dir)?);
+        let checkpoint = Checkpoint::open(dir, "model")?.rename(rename);
+        options.lora = options.lora.map(|lora| lora.rename(rename));
         Self::load(dir, &Loader::new(gpu, checkpoint, options))
     }
 
@@ -415,9 +413,8 @@ impl Student {
     /// Today's module path of a LoRA factor's name in any dialect of this family's checkpoints.
     pub fn rename_lora(&self, name: &str) -> String {
         match &self.family {
-            // Never renamed: `model.text_model.…`, `model.vision_model.…` in every version.
-            Family::Idefics3 { .. } => name.to_string(),
-            Family::Mllama { .. } => mllama::canonical(name),
+            Family::Idefics3 { .. } => canonical("idefics3")(name),
+            Family::Mllama { .. } => canonical("mllama")(name),
         }
     }
 }
@@ -444,8 +441,17 @@ fn mllama(sample: &Prepared) -> Result<MllamaInput<'_>> {
     }
 }
 
+/// How a family's tensor and module names of any version of `transformers` become today's.
+pub(super) fn canonical(model_type: &str) -> fn(&str) -> String {
+    match model_type {
+        "mllama" => mllama::canonical,
+        // Never renamed: `model.text_model.…`, `model.vision_model.…` in every version.
+        _ => str::to_string,
+    }
+}
+
 /// `model_type` of a checkpoint's `config.json`, one of those known.
-fn model_type(dir: &Path) -> Result<String> {
+pub(super) fn model_type(dir: &Path) -> Result<String> {
     let path = dir.join("config.json");
     let Some(json) = read_json(&path)? else {
         return Err(Error::file(

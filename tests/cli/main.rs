@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod devices;
+mod merge;
 mod student;
 mod support;
 mod teacher;

@@ -6,6 +6,7 @@ mod support;
 mod clip_tokenizer;
 mod ddim;
 mod idefics3_processor;
+mod merge;
 mod mllama;
 mod mllama_processor;
 mod null_text;

@@ -314,6 +314,7 @@ fn adapted() -> LoadOptions {
             alpha: 8.0,
             dropout: 0.0,
             target_modules,
+            ..LoraConfig::default()
         }),
         ..Default::default()
     }

@@ -148,6 +148,7 @@ fn gradients(checkpointing: bool) -> (f32, Vec<(String, Vec<f32>)>) {
         alpha: 8.0,
         dropout: 0.0,
         target_modules: vec!["q_proj".into(), "v_proj".into()],
+        ..LoraConfig::default()
     };
     let options = LoadOptions {
         lora: Some(lora),
