@@ -147,6 +147,15 @@ impl TargetStore {
         }
     }
 
+    /// Whether [`Self::find`] would find targets, without reading them.
+    pub fn has(&self, id: &str, image: Option<&str>) -> bool {
+        let has = |key: &str| match &self.0 {
+            Inner::Shards(store) => store.has(key),
+            Inner::Published(store) => store.has(key),
+        };
+        has(id) || image.is_some_and(has)
+    }
+
     /// Number of samples with targets.
     pub fn len(&self) -> usize {
         match &self.0 {

@@ -71,7 +71,7 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
     };
     let gpu = context.gpu()?;
     context.say(format_args!("run directory {}", run.root().display()));
-    let drawn = config.data.path == Path::new(EMBEDDED);
+    let drawn = is_drawn(&config);
     let config = with_files(config, &run, context)?;
     let mut training = Training::new(gpu, &config)?;
     let test: Vec<Scene> = match drawn {
@@ -126,26 +126,42 @@ fn with_files(mut config: Config, run: &RunDir, context: &Context) -> Result<Con
         config.model.path = embedded::unpack("student", &models)?;
     }
     let mut captions = config.data.path.clone();
-    let drawn = config.data.path == Path::new(EMBEDDED);
+    let drawn = is_drawn(&config);
     if drawn {
         let scenes = SceneSet::new(SCENES_SEED, Split::Train, TRAIN_SCENES);
         (captions, config.data.path) = scenes_on_disk(&run.root().join("data"), scenes, QUESTIONS)?;
     }
-    if let (None, Some(diffusion)) = (&config.data.targets, &config.data.diffusion) {
+    if let Some(diffusion) = &config.data.diffusion {
         let diffusion = match diffusion == Path::new(EMBEDDED) {
             true => embedded::unpack("teacher", &models)?,
             false => diffusion.clone(),
         };
         let out = run.root().join("targets");
-        let args = targets::Args {
-            steps: drawn.then_some(TEACHER_STEPS),
-            ..targets::Args::new(diffusion, captions, config.data.images.clone(), out.clone())
-                .with_case(config.words.case)
+        let make = |data, images: &Option<PathBuf>, out: PathBuf| {
+            let args = targets::Args {
+                steps: drawn.then_some(TEACHER_STEPS),
+                ..targets::Args::new(diffusion.clone(), data, images.clone(), out.clone())
+                    .with_case(config.words.case)
+            };
+            targets::run(&args, context).map(|()| Some(out))
         };
-        targets::run(&args, context)?;
-        config.data.targets = Some(out);
+        if config.data.mixture.is_empty() && config.data.targets.is_none() {
+            config.data.targets = make(captions, &config.data.images, out)?;
+        } else {
+            for (number, part) in config.data.mixture.iter_mut().enumerate() {
+                if part.targets.is_none() {
+                    let out = out.join(number.to_string());
+                    part.targets = make(part.path.clone(), &part.images, out)?;
+                }
+            }
+        }
     }
     Ok(config)
+}
+
+/// Whether the data set is the embedded one.
+fn is_drawn(config: &Config) -> bool {
+    config.data.mixture.is_empty() && config.data.path == Path::new(EMBEDDED)
 }
 
 /// The first samples, those with targets first come.

@@ -2,8 +2,15 @@
 
 pub mod conversations;
 pub mod drawn;
+pub mod entry;
+pub mod folder;
+pub mod format;
+pub mod karpathy;
+pub mod parquet;
 pub mod picture;
+pub mod prefetch;
 mod sample;
 pub mod scenes;
+pub mod webdataset;
 
-pub use sample::{DataSet, ImageRef, Part, Role, Sample, Turn};
+pub use sample::{DataSet, ImageFile, ImageRef, Part, Role, Sample, Share, Turn};

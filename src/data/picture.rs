@@ -4,7 +4,8 @@ use std::io::Cursor;
 use std::path::Path;
 
 use image::{
-    DynamicImage, ImageDecoder, ImageError, ImageReader, Limits, RgbImage, metadata::Orientation,
+    DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits, RgbImage,
+    metadata::Orientation,
 };
 
 use super::ImageRef;
@@ -25,6 +26,7 @@ impl ImageRef {
                 decode(path, &bytes)
             }
             Self::Embedded { name, bytes } => decode(Path::new(name), bytes),
+            Self::Stored { name, file, at } => decode(&file.path().join(name), &file.read(*at)?),
         }
     }
 }
@@ -32,8 +34,8 @@ impl ImageRef {
 /// Decodes an encoded image as 8-bit RGB, turned upright by its EXIF orientation.
 ///
 /// As PIL's `convert("RGB")` does it: gray is repeated over the channels, an alpha channel is dropped without
-/// blending. 16-bit values keep their high byte. The format is told by the content, not by the name. Errors, naming
-/// `path`: an empty or damaged file, an unknown format, a side of 0 or above [`MAX_SIDE`].
+/// blending; 16-bit values keep their high byte, but of plain gray ones those above 255 become 255. The format is told by the content, not by the name. Errors, naming
+/// `path`: an empty, damaged or cut-off file, an unknown format, a side of 0 or above [`MAX_SIDE`].
 pub fn decode(path: &Path, bytes: &[u8]) -> Result<RgbImage> {
     let wrong = |message: String| Error::file(path, message);
     if bytes.is_empty() {
@@ -44,6 +46,11 @@ pub fn decode(path: &Path, bytes: &[u8]) -> Result<RgbImage> {
         .map_err(|e| Error::io(path, e))?;
     if reader.format().is_none() {
         return Err(wrong("not a PNG, JPEG, WebP, BMP or GIF image".into()));
+    }
+    if reader.format() == Some(ImageFormat::Jpeg) && !jpeg_ends(bytes) {
+        return Err(wrong(
+            "damaged image: the JPEG has no end marker; was it cut off?".into(),
+        ));
     }
     let mut limits = Limits::default();
     limits.max_alloc = Some(MAX_BYTES);
@@ -60,6 +67,25 @@ pub fn decode(path: &Path, bytes: &[u8]) -> Result<RgbImage> {
     let mut image = DynamicImage::from_decoder(decoder).map_err(|e| wrong(explain(&e)))?;
     image.apply_orientation(orientation);
     Ok(to_rgb(image))
+}
+
+/// Whether an end marker follows the first scan; the decoder would fill what is missing with gray.
+fn jpeg_ends(bytes: &[u8]) -> bool {
+    const SCAN: u8 = 0xda;
+    let mut at = 2;
+    // Segments before the scan are stepped over: a thumbnail in one of them has an end marker of its own.
+    while let Some(&[0xff, kind, high, low]) = bytes.get(at..at + 4) {
+        if kind == SCAN {
+            return bytes[at..].windows(2).any(|pair| pair == [0xff, 0xd9]);
+        }
+        // A fill byte before a marker is no segment.
+        at += match kind {
+            0xff => 1,
+            _ => 2 + usize::from(u16::from_be_bytes([high, low])),
+        };
+    }
+    // Something else between the segments: the decoder says what.
+    bytes.windows(2).any(|pair| pair == [0xff, 0xd9])
 }
 
 fn explain(error: &ImageError) -> String {
@@ -86,7 +112,7 @@ fn to_rgb(image: DynamicImage) -> RgbImage {
         DynamicImage::ImageLuma16(image) => {
             let mut rgb = RgbImage::new(image.width(), image.height());
             for (to, from) in rgb.pixels_mut().zip(image.pixels()) {
-                to.0 = [high(from[0]); 3];
+                to.0 = [from[0].min(255) as u8; 3];
             }
             rgb
         }
@@ -97,7 +123,21 @@ fn to_rgb(image: DynamicImage) -> RgbImage {
             }
             rgb
         }
-        // Gray, gray with alpha, 16-bit with alpha and float images; the library drops alpha as well.
+        DynamicImage::ImageLumaA16(image) => {
+            let mut rgb = RgbImage::new(image.width(), image.height());
+            for (to, from) in rgb.pixels_mut().zip(image.pixels()) {
+                to.0 = [high(from[0]); 3];
+            }
+            rgb
+        }
+        DynamicImage::ImageRgba16(image) => {
+            let mut rgb = RgbImage::new(image.width(), image.height());
+            for (to, from) in rgb.pixels_mut().zip(image.pixels()) {
+                to.0 = [high(from[0]), high(from[1]), high(from[2])];
+            }
+            rgb
+        }
+        // Gray, gray with alpha and float images; the library drops alpha as well.
         other => other.to_rgb8(),
     }
 }

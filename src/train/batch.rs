@@ -11,8 +11,9 @@ use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::ops::cross_entropy::IGNORE;
 use crate::tensor::Tensor;
+use crate::vlm::processor::labels::Tail;
 use crate::vlm::processor::template::{self, Message};
-use crate::vlm::{Grid, Prepared, Student};
+use crate::vlm::{Grid, Prepared, Processor};
 
 /// One sample ready for the student: tokens, image, and the matched words with their targets.
 pub struct Example {
@@ -64,14 +65,17 @@ impl Example {
     /// sample.
     pub fn prepare(
         sample: &Sample,
-        student: &Student,
+        processor: &Processor,
         store: Option<&TargetStore>,
         case: Case,
     ) -> Result<Example> {
         let named = |error: Error| Error::Input(format!("sample `{}`: {error}", sample.id));
         let picture = sample.image.open().map_err(named)?;
         let messages: Vec<Message> = sample.turns.iter().map(message).collect();
-        let prepared = student.prepare(&picture, &messages).map_err(named)?;
+        let pictures = std::slice::from_ref(&picture);
+        let prepared = processor
+            .prepare(pictures, &messages, Tail::None)
+            .map_err(named)?;
         if prepared.learned() == 0 {
             return Err(Error::Input(format!(
                 "sample `{}`: no answer to learn from; expected an assistant turn with text",

@@ -13,6 +13,7 @@ use crate::align::options::{
     Aggregate, AlignerActivation, AlignerKind, AlignerNorm, LambdaSchedule, Layers, WordSource,
 };
 use crate::align::words::Case;
+use crate::data::DataSet;
 use crate::gpu::Tier;
 use crate::tensor::DType;
 use crate::{Error, Result, files};
@@ -73,6 +74,47 @@ pub struct Data {
     pub diffusion: Option<PathBuf>,
     /// Whether each epoch has its own order; default true.
     pub shuffle: bool,
+    /// What becomes of samples that the target store lacks; default `language`.
+    pub without_targets: WithoutTargets,
+    /// Threads that prepare samples ahead, 0 for none; default one for each core but one, at most 8.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub workers: Option<usize>,
+    /// Several data sets instead of `path`; default none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub mixture: Vec<MixturePart>,
+}
+
+/// `data.without_targets`
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WithoutTargets {
+    /// They are trained on with the language loss alone.
+    #[default]
+    Language,
+    /// They are left out.
+    Skip,
+}
+
+/// `[[data.mixture]]`: one data set of several.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MixturePart {
+    /// Data set.
+    pub path: PathBuf,
+    /// Folder that image paths are relative to; default the data set's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub images: Option<PathBuf>,
+    /// Its target store; without one, `data.diffusion` makes it in the run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub targets: Option<PathBuf>,
+    /// How many times an epoch passes over it; 0.5 takes one half in the first epoch and the other in the second.
+    /// Default 1.
+    #[serde(default = "one")]
+    pub weight: f64,
+}
+
+fn one() -> f64 {
+    1.0
 }
 
 /// `[words]`
@@ -225,13 +267,16 @@ pub struct Run {
 }
 
 /// Every key, for messages about unknown ones.
-pub const KEYS: [&str; 38] = [
+pub const KEYS: &[&str] = &[
     "model.path",
     "data.path",
     "data.images",
     "data.targets",
     "data.diffusion",
     "data.shuffle",
+    "data.without_targets",
+    "data.workers",
+    "data.mixture",
     "words.source",
     "words.case",
     "attention.aggregate",
@@ -282,6 +327,61 @@ impl Default for Data {
             targets: None,
             diffusion: None,
             shuffle: true,
+            without_targets: WithoutTargets::default(),
+            workers: None,
+            mixture: Vec::new(),
+        }
+    }
+}
+
+impl Data {
+    /// The data set, or the mixture of several. Errors as [`DataSet::load`]'s.
+    pub fn load(&self) -> Result<DataSet> {
+        if self.mixture.is_empty() {
+            return DataSet::load(&self.path, self.images.as_deref());
+        }
+        let load = |part: &MixturePart| {
+            Ok((
+                DataSet::load(&part.path, part.images.as_deref())?,
+                part.weight,
+            ))
+        };
+        Ok(DataSet::mixture(
+            self.mixture.iter().map(load).collect::<Result<_>>()?,
+        ))
+    }
+
+    /// The target store of each of [`DataSet::shares`].
+    pub fn stores(&self) -> Vec<Option<PathBuf>> {
+        match self.mixture.is_empty() {
+            true => vec![self.targets.clone()],
+            false => self.mixture.iter().map(|p| p.targets.clone()).collect(),
+        }
+    }
+
+    fn check(&self) -> std::result::Result<(), (&'static str, String)> {
+        if self.mixture.is_empty() {
+            return Ok(());
+        }
+        for part in &self.mixture {
+            range(
+                "data.mixture",
+                part.weight,
+                part.weight > 0.0 && part.weight <= 1000.0,
+                "a weight above 0, at most 1000",
+            )?;
+        }
+        let beside = [
+            ("data.path", self.path != Path::new(EMBEDDED)),
+            ("data.images", self.images.is_some()),
+            ("data.targets", self.targets.is_some()),
+        ];
+        match beside.iter().find(|(_, given)| *given) {
+            Some((key, _)) => Err((
+                key,
+                "found beside `data.mixture`, expected in each of its parts instead".into(),
+            )),
+            None => Ok(()),
         }
     }
 }
@@ -490,6 +590,7 @@ impl Config {
             )
         };
         let at_least_one = |key, value: u64| range(key, value as f64, value >= 1, "at least 1");
+        self.data.check()?;
         at_least_one("aligner.hidden", self.aligner.hidden as u64)?;
         not_negative("loss.lambda", self.loss.lambda)?;
         not_negative("loss.decay", self.loss.decay)?;

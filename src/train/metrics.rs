@@ -31,13 +31,16 @@ pub struct StepMetrics {
     pub tokens: u64,
     /// Wall-clock time of the step in milliseconds.
     pub step_ms: f64,
+    /// The part of it that the samples were waited for.
+    #[serde(default)]
+    pub data_ms: f64,
     /// Most GPU memory that was in use during the step.
     pub peak_bytes: u64,
 }
 
 impl StepMetrics {
     /// The figures that change from step to step, by name, for plots.
-    pub fn scalars(&self) -> [(&'static str, f64); 9] {
+    pub fn scalars(&self) -> [(&'static str, f64); 10] {
         [
             ("loss", self.loss),
             ("lm_loss", self.lm_loss),
@@ -47,6 +50,7 @@ impl StepMetrics {
             ("grad_norm", self.grad_norm),
             ("tokens", self.tokens as f64),
             ("step_ms", self.step_ms),
+            ("data_ms", self.data_ms),
             ("peak_bytes", self.peak_bytes as f64),
         ]
     }

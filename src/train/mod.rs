@@ -4,6 +4,7 @@ pub mod batch;
 pub mod checkpoint;
 pub mod config;
 pub mod events;
+pub mod loader;
 pub mod metrics;
 pub mod optimizer;
 pub mod pretrain;

@@ -7,19 +7,20 @@
 //! not finite is skipped on the device, so the weights that the message speaks of are good ones.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::batch::{Batch, Example};
 use super::checkpoint::{self, Checkpoint};
 use super::config::Config;
 use super::events::EventWriter;
+use super::loader::Loader;
 use super::metrics::{MetricsLog, StepMetrics};
 use super::optimizer::Optimizer;
 use super::rundir::RunDir;
 use crate::align::aligner::{Aligner, AlignerShape};
 use crate::align::loss::{aligned, attention_loss, channels};
 use crate::align::maps::{SampleWords, word_maps};
-use crate::align::store::TargetStore;
 use crate::autograd::{Gradients, Var, find_non_finite, no_grad};
 use crate::data::DataSet;
 use crate::error::{Error, Result};
@@ -48,8 +49,7 @@ pub struct Training {
     pub student: Student,
     /// Aligner network.
     pub aligner: Aligner,
-    data: DataSet,
-    store: Option<TargetStore>,
+    loader: Arc<Loader>,
     config: Config,
     lora: LoraConfig,
     /// Hooked layers that are aligned.
@@ -139,11 +139,7 @@ impl Training {
             .layers
             .choose(&available)
             .map_err(Error::Config)?;
-        let data = DataSet::load(&config.data.path, config.data.images.as_deref())?;
-        let store = match &config.data.targets {
-            Some(path) => Some(TargetStore::open(path)?),
-            None => None,
-        };
+        let loader = Arc::new(Loader::new(config, student.processor().clone())?);
         let mut trained: Vec<Parameter> = student.parameters().all();
         if trained.is_empty() {
             return Err(Error::Config(format!(
@@ -166,8 +162,7 @@ impl Training {
             optimizer: Optimizer::new(trained, settings, o.grad_clip as f32),
             student,
             aligner,
-            data,
-            store,
+            loader,
             config: config.clone(),
             lora,
             layers,
@@ -197,12 +192,12 @@ impl Training {
 
     /// Number of batches in an epoch.
     pub fn steps_per_epoch(&self) -> u64 {
-        self.config.steps_per_epoch(self.data.samples.len())
+        self.loader.steps_per_epoch()
     }
 
     /// Steps of the whole run.
     pub fn total_steps(&self) -> u64 {
-        self.config.total_steps(self.data.samples.len())
+        self.config.total_steps(self.loader.data().epoch_len())
     }
 
     /// Runs to the end, or to an interrupt; checkpoints, metrics and the final weights go to `run`.
@@ -219,9 +214,15 @@ impl Training {
         };
         let mut pending: Option<Pending> = None;
         let every = self.config.train.checkpoint_every;
+        let mut examples = self
+            .loader
+            .prefetch(self.step..total, self.config.data.workers);
         while self.step < total {
             let started = Instant::now();
-            let next = self.step(gpu)?;
+            let Some(batch) = examples.take() else { break };
+            let data_ms = started.elapsed().as_secs_f64() * 1e3;
+            let mut next = self.step(gpu, &batch?)?;
+            next.metrics.data_ms = data_ms;
             if let Some(done) = pending.replace(next) {
                 self.report(gpu, done, &mut log, observer)?;
             }
@@ -246,35 +247,9 @@ impl Training {
         self.write_weights(run.root())
     }
 
-    /// Samples of step `step`, by their place in the data set.
-    fn order(&self, step: u64) -> (u64, Vec<usize>) {
-        let per_epoch = self.steps_per_epoch();
-        let (epoch, within) = (step / per_epoch, (step % per_epoch) as usize);
-        let order = self
-            .data
-            .order(self.config.train.seed, epoch, self.config.data.shuffle);
-        let batch = self.config.train.batch;
-        let from = within * batch;
-        (epoch, order[from..(from + batch).min(order.len())].to_vec())
-    }
-
-    fn examples(&self, order: &[usize]) -> Result<Vec<Example>> {
-        let prepare = |&i: &usize| {
-            let case = self.config.words.case;
-            Example::prepare(
-                &self.data.samples[i],
-                &self.student,
-                self.store.as_ref(),
-                case,
-            )
-        };
-        order.iter().map(prepare).collect()
-    }
-
     /// Forward, backward and update of one batch; nothing is waited for.
-    fn step(&mut self, gpu: &Gpu) -> Result<Pending> {
-        let (epoch, order) = self.order(self.step);
-        let examples = self.examples(&order)?;
+    fn step(&mut self, gpu: &Gpu, examples: &[Example]) -> Result<Pending> {
+        let (epoch, order) = self.loader.order(self.step);
         let config = &self.config;
         set_dropout_seed(Some(step_seed(config.train.seed, self.step)));
         gpu.reset_peak();
@@ -301,6 +276,7 @@ impl Training {
             attn_loss: 0.0,
             grad_norm: 0.0,
             step_ms: 0.0,
+            data_ms: 0.0,
         };
         self.step += 1;
         Ok(Pending {
@@ -404,7 +380,7 @@ impl Training {
     fn not_finite(&self, gpu: &Gpu, metrics: &StepMetrics, order: &[usize]) -> Error {
         set_dropout_seed(Some(step_seed(self.config.train.seed, metrics.step)));
         let found = find_non_finite(|| {
-            if let Ok(examples) = self.examples(order) {
+            if let Ok(examples) = self.loader.examples(order) {
                 let examples: Vec<&Example> = examples.iter().collect();
                 let batch = Batch::new(gpu, &examples);
                 // Only the watch matters; an error would have come up in the step itself.
@@ -460,7 +436,7 @@ impl Training {
     /// # Errors
     /// A bad sample or a GPU fault.
     pub fn maps(&self, gpu: &Gpu, index: usize) -> Result<Option<WordSheet>> {
-        let examples = self.examples(&[index])?;
+        let examples = self.loader.examples(&[index])?;
         let examples: Vec<&Example> = examples.iter().collect();
         let batch = Batch::new(gpu, &examples);
         let Some(rows) = batch.tap_rows.clone() else {
@@ -492,7 +468,7 @@ impl Training {
 
     /// The data set.
     pub fn data(&self) -> &DataSet {
-        &self.data
+        self.loader.data()
     }
 }
 

@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
+use super::prepare::model_type;
 use super::processor::tokenizer::read_json;
-use super::student::{canonical, model_type};
+use super::student::canonical;
 use crate::error::{Error, Result};
 use crate::files::{create_dir, sync_dir, write_atomic, write_bytes};
 use crate::nn::{LoraConfig, another_base, lora_config, lora_factors};

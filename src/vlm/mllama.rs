@@ -10,7 +10,6 @@ pub use super::mllama_config::{MllamaConfig, canonical};
 use super::mllama_processor::{MAX_IMAGES, MllamaPrompt, Tiles};
 use super::mllama_vision::MllamaVision;
 pub use super::mllama_vision::MllamaVisionConfig;
-use super::sample::Grid;
 use crate::Result;
 use crate::autograd::{Var, checkpoint};
 use crate::gpu::Gpu;
@@ -272,24 +271,6 @@ impl Mllama {
     pub fn encode(&self, pictures: &[Option<&Tiles>], recompute: bool) -> Var {
         self.projector
             .forward(&self.vision.forward(pictures, recompute))
-    }
-
-    /// Where picture `index` of a prompt lies among the key columns, without the class tokens, its
-    /// tiles put together as its grid says.
-    pub fn map_columns(&self, tiles: &Tiles, index: usize) -> (Vec<u32>, Grid) {
-        let vision = &self.config.vision;
-        let (side, tokens) = (vision.side(), vision.tokens());
-        let (height, width) = (tiles.grid.0 * side, tiles.grid.1 * side);
-        let column = |at: usize| {
-            let (y, x) = (at / width, at % width);
-            let tile = y / side * tiles.grid.1 + x / side;
-            let patch = y % side * side + x % side;
-            (((index * vision.max_tiles) + tile) * tokens + 1 + patch) as u32
-        };
-        (
-            (0..height * width).map(column).collect(),
-            Grid { height, width },
-        )
     }
 
     /// Teacher-forced forward of a batch, shorter texts padded at their end: hidden states after the

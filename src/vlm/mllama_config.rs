@@ -5,9 +5,10 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::decoder::{Rope, number, size};
-use super::mllama_processor::TilingConfig;
+use super::mllama_processor::{Tiles, TilingConfig};
 use super::mllama_vision::MllamaVisionConfig;
 use super::processor::tokenizer::read_json;
+use super::sample::Grid;
 use crate::ops::attention::AttentionShape;
 use crate::{Error, Result};
 
@@ -116,6 +117,24 @@ impl MllamaConfig {
             cross_layers,
             eos: eos.into_iter().map(|id| id as u32).collect(),
         })
+    }
+
+    /// Where picture `index` of a prompt lies among the key columns, without the class tokens, its
+    /// tiles put together as its grid says.
+    pub fn map_columns(&self, tiles: &Tiles, index: usize) -> (Vec<u32>, Grid) {
+        let vision = &self.vision;
+        let (side, tokens) = (vision.side(), vision.tokens());
+        let (height, width) = (tiles.grid.0 * side, tiles.grid.1 * side);
+        let column = |at: usize| {
+            let (y, x) = (at / width, at % width);
+            let tile = y / side * tiles.grid.1 + x / side;
+            let patch = y % side * side + x % side;
+            (((index * vision.max_tiles) + tile) * tokens + 1 + patch) as u32
+        };
+        (
+            (0..height * width).map(column).collect(),
+            Grid { height, width },
+        )
     }
 
     /// Checks that the processor cuts pictures as the encoder expects them.

@@ -10,11 +10,13 @@ pub mod mllama;
 mod mllama_config;
 pub mod mllama_processor;
 mod mllama_vision;
+mod prepare;
 pub mod processor;
 mod sample;
 mod siglip;
 mod student;
 
 pub use generate::{Generated, Sampling};
+pub use prepare::Processor;
 pub use sample::{Answer, Grid, Pictures, Prepared};
 pub use student::{Output, Student, Taps};

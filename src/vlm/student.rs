@@ -1,19 +1,19 @@
 //! The students' common face: what training and the command line ask of any family.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::Arc;
 
 use image::RgbImage;
 use serde_json::Value;
 
 use super::generate::{Generated, Sampler, Sampling};
 use super::idefics3::{Idefics3, Idefics3Cache, Idefics3Config, Idefics3Input};
-use super::idefics3_processor::{Idefics3Processor, Idefics3Prompt};
 use super::mllama::{self, Mllama, MllamaCache, MllamaConfig, MllamaInput};
-use super::mllama_processor::{MllamaProcessor, MllamaPrompt};
+use super::prepare::{Processor, model_type};
 use super::processor::labels::Tail;
 use super::processor::template::Message;
 use super::processor::tokenizer::{TextTokenizer, read_json};
-use super::sample::{Grid, Pictures, Prepared};
+use super::sample::{Pictures, Prepared};
 use crate::autograd::{Var, no_grad};
 use crate::gpu::Gpu;
 use crate::nn::{LoadOptions, Loader, Parameters};
@@ -43,14 +43,8 @@ pub struct Output {
 }
 
 enum Family {
-    Idefics3 {
-        model: Box<Idefics3>,
-        processor: Idefics3Processor,
-    },
-    Mllama {
-        model: Box<Mllama>,
-        processor: MllamaProcessor,
-    },
+    Idefics3 { model: Box<Idefics3> },
+    Mllama { model: Box<Mllama> },
 }
 
 enum Cache {
@@ -61,7 +55,7 @@ enum Cache {
 /// A vision-language model with its processor.
 pub struct Student {
     family: Family,
-    dir: PathBuf,
+    processor: Arc<Processor>,
     gpu: Gpu,
     parameters: Parameters,
     end: Vec<u32>,
@@ -87,29 +81,22 @@ impl Student {
     /// As [`Student::open`].
     pub fn load(dir: impl AsRef<Path>, loader: &Loader) -> Result<Self> {
         let dir = dir.as_ref();
+        let processor = Processor::open(dir)?;
         let (family, mut end) = match model_type(dir)?.as_str() {
             "idefics3" | "smolvlm" => {
                 let config = Idefics3Config::load(dir)?;
-                let side = |tile| config.tile_side(tile);
-                let processor = Idefics3Processor::load(dir, |tile| side(tile) * side(tile))?;
-                config.check_tile(dir, processor.split.side)?;
                 let model = Box::new(Idefics3::load(&config, loader)?);
-                (Family::Idefics3 { model, processor }, config.eos)
+                (Family::Idefics3 { model }, config.eos)
             }
             "mllama" => {
                 let config = MllamaConfig::load(dir)?;
-                let processor = MllamaProcessor::load(dir)?;
-                config.check_tiles(dir, &processor.tiling)?;
                 let model = Box::new(Mllama::load(&config, loader)?);
-                (Family::Mllama { model, processor }, config.eos)
+                (Family::Mllama { model }, config.eos)
             }
             _ => unreachable!("model_type lets no other pass"),
         };
-        let tokenizer = match &family {
-            Family::Idefics3 { processor, .. } => &processor.tokenizer,
-            Family::Mllama { processor, .. } => &processor.tokenizer,
-        };
         end.extend(generation_end(dir)?);
+        let tokenizer = processor.tokenizer();
         end.extend(
             tokenizer
                 .named("eos_token")
@@ -117,7 +104,7 @@ impl Student {
         );
         Ok(Self {
             family,
-            dir: dir.to_path_buf(),
+            processor: Arc::new(processor),
             gpu: loader.gpu().clone(),
             parameters: loader.parameters(),
             end,
@@ -126,47 +113,46 @@ impl Student {
 
     /// The checkpoint directory.
     pub fn dir(&self) -> &Path {
-        &self.dir
+        self.processor.dir()
+    }
+
+    /// The CPU side: tokenizer, chat template and image processor.
+    pub fn processor(&self) -> &Arc<Processor> {
+        &self.processor
     }
 
     /// The checkpoint's tokenizer.
     pub fn tokenizer(&self) -> &TextTokenizer {
-        match &self.family {
-            Family::Idefics3 { processor, .. } => &processor.tokenizer,
-            Family::Mllama { processor, .. } => &processor.tokenizer,
-        }
+        self.processor.tokenizer()
     }
 
     /// Number of layers whose attention can be tapped: all of a self-attention family, the
     /// cross-attention layers of Llama-3.2-Vision.
     pub fn hooked_layers(&self) -> usize {
         match &self.family {
-            Family::Idefics3 { model, .. } => model.config().layers,
-            Family::Mllama { model, .. } => model.config().cross_layers.len(),
+            Family::Idefics3 { model } => model.config().layers,
+            Family::Mllama { model } => model.config().cross_layers.len(),
         }
     }
 
     /// Query heads of a hooked layer.
     pub fn heads(&self) -> usize {
         match &self.family {
-            Family::Idefics3 { model, .. } => model.config().heads,
-            Family::Mllama { model, .. } => model.config().heads,
+            Family::Idefics3 { model } => model.config().heads,
+            Family::Mllama { model } => model.config().heads,
         }
     }
 
     /// Longest sequence in tokens.
     pub fn context(&self) -> usize {
-        match &self.family {
-            Family::Idefics3 { model, .. } => model.config().max_positions,
-            Family::Mllama { model, .. } => model.config().max_positions,
-        }
+        self.processor.context()
     }
 
     /// Size of the vocabulary.
     pub fn vocabulary(&self) -> usize {
         match &self.family {
-            Family::Idefics3 { model, .. } => model.config().vocabulary,
-            Family::Mllama { model, .. } => model.config().vocabulary,
+            Family::Idefics3 { model } => model.config().vocabulary,
+            Family::Mllama { model } => model.config().vocabulary,
         }
     }
 
@@ -178,8 +164,8 @@ impl Student {
     /// Whether each layer is recomputed in the backward instead of keeping its activations.
     pub fn set_checkpointing(&mut self, on: bool) {
         match &mut self.family {
-            Family::Idefics3 { model, .. } => model.checkpointing = on,
-            Family::Mllama { model, .. } => model.checkpointing = on,
+            Family::Idefics3 { model } => model.checkpointing = on,
+            Family::Mllama { model } => model.checkpointing = on,
         }
     }
 
@@ -201,86 +187,7 @@ impl Student {
         turns: &[Message],
         tail: Tail<'_>,
     ) -> Result<Prepared> {
-        let parts: usize = turns.iter().map(Message::images).sum();
-        if parts != pictures.len() {
-            return Err(Error::Input(format!(
-                "the conversation has {parts} image parts, expected {}: one per picture",
-                pictures.len()
-            )));
-        }
-        match &self.family {
-            Family::Idefics3 { processor, .. } => {
-                let prompt = processor.conversation(turns, pictures, tail)?;
-                self.check_length(prompt.encoded.ids.len(), prompt.image_positions.len())?;
-                let side = processor.tile_tokens.isqrt();
-                let first = prompt.global.first().cloned().unwrap_or(0..0);
-                let grid = if first.is_empty() { 0 } else { side };
-                let grid = Grid {
-                    height: grid,
-                    width: grid,
-                };
-                let columns = first.map(|at| at as u32).collect();
-                let Idefics3Prompt {
-                    rendered,
-                    encoded,
-                    labels,
-                    ..
-                } = &prompt;
-                Ok(Prepared::new(
-                    rendered,
-                    encoded,
-                    labels,
-                    (columns, grid),
-                    Pictures::Idefics3(prompt.clone()),
-                ))
-            }
-            Family::Mllama { model, processor } => {
-                let prompt = processor.conversation(turns, pictures, tail)?;
-                self.check_length(prompt.encoded.ids.len(), prompt.images.len())?;
-                let none = (
-                    Vec::new(),
-                    Grid {
-                        height: 0,
-                        width: 0,
-                    },
-                );
-                let map = prompt
-                    .images
-                    .first()
-                    .map(|tiles| model.map_columns(tiles, 0));
-                let MllamaPrompt {
-                    rendered,
-                    encoded,
-                    labels,
-                    ..
-                } = &prompt;
-                Ok(Prepared::new(
-                    rendered,
-                    encoded,
-                    labels,
-                    map.unwrap_or(none),
-                    Pictures::Mllama(prompt.clone()),
-                ))
-            }
-        }
-    }
-
-    fn check_length(&self, tokens: usize, image_tokens: usize) -> Result<()> {
-        let context = self.context();
-        if tokens <= context {
-            return Ok(());
-        }
-        let advice = match image_tokens > context / 2 {
-            true => {
-                "cutting it would drop image tokens; use a smaller picture or a smaller `size.longest_edge`"
-            }
-            false => "shorten the text",
-        };
-        Err(Error::Input(format!(
-            "the prompt has {tokens} tokens ({image_tokens} of them for pictures), expected at most {context}, \
-             the context of {}; {advice}",
-            self.dir.display()
-        )))
+        self.processor.prepare(pictures, turns, tail)
     }
 
     /// Teacher-forced forward of a batch, padded to its longest sample.
@@ -294,7 +201,7 @@ impl Student {
         });
         let layers = taps.map_or(&[][..], |taps| taps.layers);
         match &self.family {
-            Family::Idefics3 { model, .. } => {
+            Family::Idefics3 { model } => {
                 let inputs: Vec<_> = batch
                     .iter()
                     .map(|sample| idefics3(sample))
@@ -302,7 +209,7 @@ impl Student {
                 let (hidden, taps) = model.forward(&inputs, layers, tap.as_ref());
                 Ok(Output { hidden, taps })
             }
-            Family::Mllama { model, .. } => {
+            Family::Mllama { model } => {
                 let inputs: Vec<_> = batch
                     .iter()
                     .map(|sample| mllama(sample))
@@ -316,8 +223,8 @@ impl Student {
     /// Logits `[N, V]` of hidden rows `[N, D]`.
     pub fn logits(&self, hidden: &Var) -> Var {
         match &self.family {
-            Family::Idefics3 { model, .. } => model.logits(hidden),
-            Family::Mllama { model, .. } => model.logits(hidden),
+            Family::Idefics3 { model } => model.logits(hidden),
+            Family::Mllama { model } => model.logits(hidden),
         }
     }
 
@@ -386,11 +293,11 @@ impl Student {
 
     fn prefill(&self, prompt: &Prepared) -> Result<(Var, Cache)> {
         match &self.family {
-            Family::Idefics3 { model, .. } => {
+            Family::Idefics3 { model } => {
                 let (hidden, cache) = model.prefill(idefics3(prompt)?);
                 Ok((hidden, Cache::Idefics3(cache)))
             }
-            Family::Mllama { model, .. } => {
+            Family::Mllama { model } => {
                 let (hidden, cache) = model.prefill(mllama(prompt)?);
                 Ok((hidden, Cache::Mllama(Box::new(cache))))
             }
@@ -399,8 +306,8 @@ impl Student {
 
     fn decode(&self, token: u32, cache: &mut Cache) -> Var {
         match (&self.family, cache) {
-            (Family::Idefics3 { model, .. }, Cache::Idefics3(cache)) => model.decode(token, cache),
-            (Family::Mllama { model, .. }, Cache::Mllama(cache)) => model.decode(token, cache),
+            (Family::Idefics3 { model }, Cache::Idefics3(cache)) => model.decode(token, cache),
+            (Family::Mllama { model }, Cache::Mllama(cache)) => model.decode(token, cache),
             _ => unreachable!("the cache was made by this student's own prefill"),
         }
     }
@@ -447,30 +354,6 @@ pub(super) fn canonical(model_type: &str) -> fn(&str) -> String {
         "mllama" => mllama::canonical,
         // Never renamed: `model.text_model.…`, `model.vision_model.…` in every version.
         _ => str::to_string,
-    }
-}
-
-/// `model_type` of a checkpoint's `config.json`, one of those known.
-pub(super) fn model_type(dir: &Path) -> Result<String> {
-    let path = dir.join("config.json");
-    let Some(json) = read_json(&path)? else {
-        return Err(Error::file(
-            &path,
-            "no such file; expected a model directory with config.json, *.safetensors, tokenizer.json",
-        ));
-    };
-    let kind = json
-        .get("model_type")
-        .and_then(Value::as_str)
-        .unwrap_or_default();
-    match kind {
-        "idefics3" | "smolvlm" | "mllama" => Ok(kind.to_string()),
-        _ => Err(Error::file(
-            &path,
-            format!(
-                "field `model_type`: {kind:?} found, \"smolvlm\", \"idefics3\" or \"mllama\" expected"
-            ),
-        )),
     }
 }
 

@@ -116,7 +116,7 @@ fn data_sets_that_cannot_be_read_are_named() {
             r#"[{"image": "x.png", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": " "}]}]"#,
             &["entry 0", "empty", "caption"],
         ),
-        ("c.parquet", "PAR1", &["parquet", "JSONL"]),
+        ("c.parquet", "PAR1", &["c.parquet", "not a whole parquet"]),
     ];
     for (name, text, parts) in bad {
         let path = dir.path().join(name);

@@ -29,11 +29,14 @@ fn gray_alpha_and_sixteen_bits_become_rgb() {
     // Alpha is dropped, not blended: PIL's convert("RGB").
     let rgba = RgbaImage::from_pixel(2, 3, Rgba([10, 20, 30, 0]));
     assert_eq!(pixel(&encoded(rgba, ImageFormat::Png)), [10, 20, 30]);
-    let gray16: ImageBuffer<Luma<u16>, Vec<u16>> = ImageBuffer::from_pixel(2, 3, Luma([0x12ff]));
-    assert_eq!(
-        pixel(&encoded(gray16, ImageFormat::Png)),
-        [0x12, 0x12, 0x12]
-    );
+    // Pillow's `convert("RGB")` clips plain 16-bit gray, and keeps the high byte of every other kind.
+    for (value, expected) in [(100, 100), (0x12ff, 255)] {
+        let gray16: ImageBuffer<Luma<u16>, Vec<u16>> = ImageBuffer::from_pixel(2, 3, Luma([value]));
+        assert_eq!(pixel(&encoded(gray16, ImageFormat::Png)), [expected; 3]);
+    }
+    let gray_alpha16: ImageBuffer<LumaA<u16>, Vec<u16>> =
+        ImageBuffer::from_pixel(2, 3, LumaA([0x12ff, 9]));
+    assert_eq!(pixel(&encoded(gray_alpha16, ImageFormat::Png)), [0x12; 3]);
     let rgb16: ImageBuffer<Rgb<u16>, Vec<u16>> =
         ImageBuffer::from_pixel(2, 3, Rgb([0x1234, 0xffff, 0xff]));
     assert_eq!(pixel(&encoded(rgb16, ImageFormat::Png)), [0x12, 0xff, 0]);
@@ -67,6 +70,29 @@ fn exif_orientation_turns_the_image_upright() {
     assert_eq!(upright.dimensions(), (8, 24));
     // Orientation 6 is a quarter turn clockwise: what was left is on top.
     assert!(upright.get_pixel(4, 2)[0] > 200 && upright.get_pixel(4, 21)[2] > 200);
+}
+
+#[test]
+fn a_cut_jpeg_is_refused_even_with_a_whole_thumbnail() {
+    let jpeg = encoded(
+        RgbImage::from_fn(64, 64, |x, y| Rgb([(x * y) as u8, x as u8, y as u8])),
+        ImageFormat::Jpeg,
+    );
+    // An application segment that holds a whole JPEG, as cameras write them.
+    let mut with_thumbnail = jpeg[..2].to_vec();
+    with_thumbnail.extend([0xff, 0xe5]);
+    with_thumbnail.extend(((jpeg.len() + 2) as u16).to_be_bytes());
+    with_thumbnail.extend(&jpeg);
+    with_thumbnail.extend(&jpeg[2..]);
+    for whole in [jpeg, with_thumbnail] {
+        assert_eq!(open(&whole).unwrap().dimensions(), (64, 64));
+        for cut in [1, 2, 100] {
+            let error = open(&whole[..whole.len() - cut]).expect_err("a cut JPEG was read");
+            assert!(error.contains("cut off"), "{error}");
+        }
+        let trailing = [&whole[..], b"junk after the end"].concat();
+        assert!(open(&trailing).is_ok());
+    }
 }
 
 #[test]

@@ -196,7 +196,7 @@ fn word_maps_are_eager_attention_without_class_tokens() {
             let case = f.case(label);
             let prompt = f.prompt(case, "full");
             let (rows, words) = word_rows(case);
-            let (columns, map) = f.model.map_columns(&prompt.images[0], 0);
+            let (columns, map) = f.model.config().map_columns(&prompt.images[0], 0);
             let count = columns.len();
             let tap = AttentionTap {
                 query_rows: Tensor::from_u32(gpu(), &rows, &[rows.len()]),
@@ -275,7 +275,7 @@ fn batch_loss(f: &Fixture) -> (f32, Vec<f32>, Vec<Vec<f32>>) {
     let counted = labels.iter().filter(|&&label| label != u32::MAX).count();
     let columns: Vec<u32> = prompts
         .iter()
-        .flat_map(|p| f.model.map_columns(&p.images[0], 0).0[..16].to_vec())
+        .flat_map(|p| f.model.config().map_columns(&p.images[0], 0).0[..16].to_vec())
         .collect();
     let rows = [tokens as u32 - 9, tokens as u32 + 20];
     let tap = AttentionTap {

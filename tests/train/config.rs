@@ -35,6 +35,8 @@ fn every_key_is_known_and_survives_writing() {
         images = "i"
         targets = "t"
         diffusion = "sd"
+        without_targets = "skip"
+        workers = 2
         shuffle = false
         [words]
         source = "labels"
@@ -83,7 +85,7 @@ fn every_key_is_known_and_survives_writing() {
     let written = config.to_toml().unwrap();
     assert_eq!(parse(&written, &[]).unwrap(), config);
 
-    // The list of keys is the struct's: all but `train.steps`, which excludes `train.epochs`, stand in this text.
+    // The list of keys is the struct's: all but those that exclude another stand in this text.
     let table: toml::Table = toml::from_str(&written).unwrap();
     let mut keys: Vec<String> = table
         .iter()
@@ -93,12 +95,54 @@ fn every_key_is_known_and_survives_writing() {
                 .keys()
                 .map(move |k| format!("{t}.{k}"))
         })
-        .chain(["train.steps".to_owned()])
+        .chain(["train.steps".to_owned(), "data.mixture".to_owned()])
         .collect();
     let mut known: Vec<String> = KEYS.iter().map(|k| k.to_string()).collect();
     keys.sort();
     known.sort();
     assert_eq!(keys, known);
+}
+
+#[test]
+fn a_mixture_is_a_list_of_data_sets() {
+    use lavender_wgpu::train::config::{MixturePart, WithoutTargets};
+    let part = |path: &str, weight| MixturePart {
+        path: path.into(),
+        images: None,
+        targets: None,
+        weight,
+    };
+    let text = "[data]\nworkers = 0\n[[data.mixture]]\npath = \"a.json\"\n\
+                [[data.mixture]]\npath = \"b\"\nimages = \"i\"\ntargets = \"t\"\nweight = 0.5\n";
+    let config = parse(text, &[]).unwrap();
+    let mut second = part("b", 0.5);
+    second.images = Some("i".into());
+    second.targets = Some("t".into());
+    assert_eq!(config.data.mixture, [part("a.json", 1.0), second]);
+    assert_eq!(config.data.without_targets, WithoutTargets::Language);
+    assert_eq!(config.data.stores(), [None, Some("t".into())]);
+    assert_eq!(parse(&config.to_toml().unwrap(), &[]).unwrap(), config);
+    let set = parse("", &["data.mixture=[{path = \"a.json\", weight = 2}]"]).unwrap();
+    assert_eq!(set.data.mixture, [part("a.json", 2.0)]);
+
+    for (text, wanted) in [
+        (
+            "[[data.mixture]]\npath = \"a\"\nwieght = 2",
+            "unknown field `wieght`",
+        ),
+        (
+            "[[data.mixture]]\npath = \"a\"\nweight = 0",
+            "a weight above 0",
+        ),
+        ("[[data.mixture]]\nweight = 1", "missing field `path`"),
+        (
+            "[data]\npath = \"x\"\n[[data.mixture]]\npath = \"a\"",
+            "beside `data.mixture`",
+        ),
+    ] {
+        let error = parse(text, &[]).unwrap_err().to_string();
+        assert!(error.contains(wanted), "{error}");
+    }
 }
 
 #[test]

@@ -14,6 +14,7 @@ fn step(step: u64) -> StepMetrics {
         grad_norm: 0.7,
         tokens: 100,
         step_ms: 12.5,
+        data_ms: 0.5,
         peak_bytes: 1 << 33,
     }
 }
@@ -39,6 +40,7 @@ fn a_line_has_the_documented_keys() {
         "grad_norm",
         "tokens",
         "step_ms",
+        "data_ms",
         "peak_bytes",
     ];
     assert_eq!(keys, expected);

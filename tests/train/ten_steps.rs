@@ -235,3 +235,89 @@ fn two_runs_and_a_resumed_one_are_bit_equal() {
     training.run(gpu(), &third, &mut Until(None, 0)).unwrap();
     assert_eq!(results(&first), results(&third), "a resumed run");
 }
+
+/// The four samples in two sets with a store each, one of them drawn half an epoch at a time.
+fn mixed(base: &Config, dir: &Path) -> Config {
+    use lavender_wgpu::train::config::MixturePart;
+    let text = std::fs::read_to_string(&base.data.path).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    let part = |name: &str, lines: &[&str], weight| {
+        let path = dir.join(name);
+        std::fs::write(&path, lines.join("\n")).unwrap();
+        MixturePart {
+            path,
+            images: base.data.images.clone(),
+            targets: base.data.targets.clone(),
+            weight,
+        }
+    };
+    let mut config = base.clone();
+    config.data.mixture = vec![
+        part("a.jsonl", &lines[..2], 0.5),
+        part("b.jsonl", &lines[2..], 1.5),
+    ];
+    config.data.path = Config::default().data.path;
+    (config.data.images, config.data.targets) = (None, None);
+    config
+}
+
+#[test]
+fn a_mixture_resumes_bit_equal_with_any_number_of_workers() {
+    let fixture = reference("train_smolvlm");
+    let dir = tempfile::tempdir().unwrap();
+    store(&fixture, &dir.path().join("targets"));
+    let base = mixed(&config("smolvlm", &fixture, dir.path()), dir.path());
+    let with = |name: &str, workers| {
+        let mut config = base.clone();
+        config.data.shuffle = true;
+        config.data.workers = Some(workers);
+        config.train.steps = Some(5);
+        config.run.dir = Some(dir.path().join(name));
+        config
+    };
+    let first = run(&with("first", 0));
+    let config = with("second", 3);
+    let second = RunDir::create(&config).unwrap();
+    let mut training = Training::new(gpu(), &config).unwrap();
+    assert_eq!(training.steps_per_epoch(), 2);
+    assert!(
+        training
+            .run(gpu(), &second, &mut Until(Some(2), 0))
+            .is_err()
+    );
+    let (second, config, checkpoint) = RunDir::open(second.root()).unwrap();
+    let mut training = Training::new(gpu(), &config).unwrap();
+    training.restore(&checkpoint.unwrap()).unwrap();
+    training.run(gpu(), &second, &mut Until(None, 0)).unwrap();
+    assert_eq!(results(&first), results(&second));
+}
+
+#[test]
+fn samples_without_targets_are_skipped_or_stores_for_other_data_refused() {
+    use lavender_wgpu::train::config::WithoutTargets;
+    let fixture = reference("train_smolvlm");
+    let dir = tempfile::tempdir().unwrap();
+    store(&fixture, &dir.path().join("targets"));
+    let mut config = config("smolvlm", &fixture, dir.path());
+    let text = std::fs::read_to_string(&config.data.path).unwrap();
+    let mut entry: Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
+    entry["id"] = "stranger".into();
+    config.data.path = dir.path().join("more.jsonl");
+    std::fs::write(&config.data.path, format!("{}\n{entry}\n", text.trim_end())).unwrap();
+    let samples = |config: &Config| -> Result<usize, String> {
+        let training = Training::new(gpu(), config).map_err(|e| e.to_string())?;
+        Ok(training.data().samples.len())
+    };
+    let all = samples(&config).unwrap();
+    config.data.without_targets = WithoutTargets::Skip;
+    assert_eq!(samples(&config), Ok(all - 1));
+    std::fs::write(&config.data.path, format!("{entry}\n")).unwrap();
+    let error = samples(&config).unwrap_err();
+    assert!(
+        error.contains("none of the 1 samples") && error.contains("targets"),
+        "{error}"
+    );
+    config.data.targets = None;
+    let error = samples(&config).unwrap_err();
+    assert!(error.contains("leaves no sample"), "{error}");
+}

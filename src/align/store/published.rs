@@ -71,6 +71,11 @@ impl Store {
         self.options.as_ref()
     }
 
+    /// Whether there are targets of an image, by its file name.
+    pub fn has(&self, image: &str) -> bool {
+        self.images.contains(image)
+    }
+
     /// The targets of an image by its file name. Errors: a map that is no 32×32 image.
     pub fn get(&self, image: &str) -> Result<Option<Targets>> {
         if !self.images.contains(image) {

@@ -100,6 +100,11 @@ impl Store {
         self.entries.first().map(|(_, e)| &e.options)
     }
 
+    /// Whether there are targets under a sample's id or image file name.
+    pub fn has(&self, key: &str) -> bool {
+        self.by_key.contains_key(key)
+    }
+
     /// The targets of a sample by id or image file name.
     pub fn get(&self, key: &str) -> Result<Option<Targets>> {
         let Some(&place) = self.by_key.get(key) else {
