@@ -12,6 +12,7 @@ use crate::train::pretrain::{Recipe, Watch};
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
     lavender-wgpu pretrain models/mini/recipes/teacher.toml --out models/mini/teacher\n  \
+    lavender-wgpu pretrain models/mini/recipes/teacher.toml --measure --set measure.mode=null-text\n  \
     lavender-wgpu pretrain models/mini/recipes/student.toml --out /tmp/student --set student.schedule.steps=100")]
 pub struct Args {
     /// Recipe (TOML)
@@ -23,6 +24,9 @@ pub struct Args {
     /// Change a key of the recipe; may be given several times
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub set: Vec<String>,
+    /// Measure the model that is there already instead of training one
+    #[arg(long)]
+    pub measure: bool,
 }
 
 /// Trains the model of a recipe, writes it and prints its held-out figures.
@@ -45,7 +49,10 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
         progress: None,
         recent: 0.0,
     };
-    let figures = recipe.run(gpu, &out, &mut watch)?;
+    let figures = match args.measure {
+        true => recipe.measure(gpu, &out)?,
+        false => recipe.run(gpu, &out, &mut watch)?,
+    };
     watch.done();
     for figure in &figures {
         context.print(format_args!("{}: {:.4}", figure.name, figure.value))?;

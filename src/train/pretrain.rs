@@ -85,6 +85,17 @@ impl Recipe {
         }
     }
 
+    /// Measures the model in `dir` on the recipe's held-out scenes, without training.
+    ///
+    /// # Errors
+    /// A model that cannot be opened, GPU faults.
+    pub fn measure(&self, gpu: &Gpu, dir: &Path) -> Result<Vec<Figure>> {
+        match self {
+            Self::Teacher(recipe) => recipe.measure(gpu, dir),
+            Self::Student(recipe) => recipe.measure(gpu, dir),
+        }
+    }
+
     /// Trains the model, writes it to `out`, opens what was written and measures it on held-out scenes.
     ///
     /// # Errors

@@ -97,7 +97,12 @@ impl StudentRecipe {
         loader
             .parameters()
             .save(&out.join("model.safetensors"), DType::F16)?;
-        let student = Student::open(out, gpu, LoadOptions::default())?;
+        self.measure(gpu, out)
+    }
+
+    /// Opens the written model and asks it about held-out scenes.
+    pub(super) fn measure(&self, gpu: &Gpu, dir: &Path) -> Result<Vec<Figure>> {
+        let student = Student::open(dir, gpu, LoadOptions::default())?;
         let held_out: Vec<Scene> = self.scenes.held_out().iter().collect();
         answers(&student, &held_out)
     }

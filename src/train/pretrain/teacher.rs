@@ -82,10 +82,17 @@ pub struct UnetPart {
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Measure {
-    /// `"ddim"` or `"noised"`.
+    /// `"ddim"`, `"noised"` or `"null-text"`.
     pub mode: String,
     /// Steps of the trajectory.
     pub steps: usize,
+    /// `"16+32"` (the default), `"16"` or `"daam"`.
+    #[serde(default = "default_layers")]
+    pub layers: String,
+}
+
+fn default_layers() -> String {
+    MapLayers::default().name().into()
 }
 
 /// The names of a model's three trained files.
@@ -244,14 +251,15 @@ impl TeacherRecipe {
     }
 
     /// Opens the written model and plays the pointing game on held-out scenes.
-    fn measure(&self, gpu: &Gpu, dir: &Path) -> Result<Vec<Figure>> {
+    pub(super) fn measure(&self, gpu: &Gpu, dir: &Path) -> Result<Vec<Figure>> {
         let options = TeacherOptions {
             activations: DType::F32,
         };
         let model = StableDiffusion::load(gpu, dir, &options)?;
         let trajectory = Trajectory::parse(&self.measure.mode, Some(self.measure.steps))?;
+        let layers = MapLayers::parse(&self.measure.layers)?;
         let scenes: Vec<Scene> = self.scenes.held_out().iter().collect();
-        pointing(&model, trajectory, &scenes)
+        pointing(&model, trajectory, layers, &scenes)
     }
 }
 
@@ -260,6 +268,7 @@ impl TeacherRecipe {
 pub fn pointing(
     model: &StableDiffusion,
     trajectory: Trajectory,
+    layers: MapLayers,
     scenes: &[Scene],
 ) -> Result<Vec<Figure>> {
     // Hits and words: all, shape words, colour words, shape alone, colour alone.
@@ -276,7 +285,6 @@ pub fn pointing(
             .map(|scene| model.tokenizer.chunks(&scene.caption))
             .collect::<Result<_>>()?;
         let seeds: Vec<u64> = (0..chunk.len()).map(|i| (number * 16 + i) as u64).collect();
-        let layers = MapLayers::default();
         let recorded =
             model.token_maps(&latents, &texts, trajectory, layers, &seeds, |_| Ok(()))?;
         for (scene, tokens) in chunk.iter().zip(&recorded.tokens) {
