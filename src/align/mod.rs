@@ -5,6 +5,7 @@ pub mod loss;
 pub mod maps;
 pub mod options;
 pub mod picture;
+pub mod preview;
 pub mod store;
 pub mod targets;
 pub mod words;

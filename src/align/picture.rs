@@ -136,6 +136,24 @@ pub fn sheet(titles: &[&str], rows: &[Row]) -> RgbImage {
     page
 }
 
+/// Pictures in reading order, `columns` beside each other, each with its caption beneath.
+pub fn gallery(cells: &[(String, RgbImage)], columns: usize) -> RgbImage {
+    let columns = columns.min(cells.len()).max(1);
+    let (width, height) = (CELL + 2 * MARGIN, CELL + LINE + MARGIN);
+    let rows = cells.len().div_ceil(columns) as u32;
+    let mut page = RgbImage::from_pixel(columns as u32 * width, MARGIN + rows * height, PAPER);
+    for (i, (caption, picture)) in cells.iter().enumerate() {
+        let (left, top) = (
+            (i % columns) as u32 * width,
+            MARGIN + (i / columns) as u32 * height,
+        );
+        let scaled = image::imageops::resize(picture, CELL, CELL, FilterType::Triangle);
+        image::imageops::replace(&mut page, &scaled, (left + MARGIN).into(), top.into());
+        write(&mut page, caption, left, top + CELL + 2, width);
+    }
+    page
+}
+
 /// Writes a PNG, whole or not at all.
 pub fn save_png(path: impl AsRef<Path>, image: &RgbImage) -> Result<()> {
     let path = path.as_ref();

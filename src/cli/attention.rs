@@ -10,7 +10,8 @@ use super::{Context, student};
 use crate::align::loss::aggregated;
 use crate::align::maps::{SampleWords, min_max_host, word_maps};
 use crate::align::options::Layers;
-use crate::align::picture::{file_stem, overlay, save_png};
+use crate::align::picture::{file_stem, gallery, overlay, save_png};
+use crate::align::preview;
 use crate::align::targets::{Item, TargetMaker, WordMaps};
 use crate::align::words::{Case, Word};
 use crate::autograd::{Var, no_grad};
@@ -18,7 +19,7 @@ use crate::data::ImageRef;
 use crate::data::drawn::CAPTION_PROMPT;
 use crate::diffusion::maps::MAP_SIDE;
 use crate::diffusion::pipeline::centre_square;
-use crate::diffusion::{MapLayers, StableDiffusion, TeacherOptions};
+use crate::diffusion::{MapLayers, StableDiffusion, TeacherOptions, Trajectory};
 use crate::ops::permute::permute;
 use crate::tensor::{HostTensor, Tensor, save_safetensors};
 use crate::train::batch::answer_words;
@@ -32,7 +33,7 @@ use crate::{Error, Result};
 #[command(after_help = "Examples:\n  \
     lavender-wgpu attention --model sd-v1-4 --image dog.jpg --text \"a dog on a lawn\" --out maps.safetensors\n  \
     lavender-wgpu attention --model SmolVLM-256M-Instruct --image dog.jpg --prompt \"Describe the image.\" \\\n      \
-    --text \"A dog on a lawn.\" --out maps.safetensors --png maps")]
+    --text \"A dog on a lawn.\" --out maps.safetensors --png maps --sheet maps.png")]
 pub struct Args {
     /// Model in diffusers layout, or in transformers layout
     #[arg(long, value_name = "DIR")]
@@ -55,6 +56,9 @@ pub struct Args {
     /// Also write a picture of each word's map over the image
     #[arg(long, value_name = "DIR")]
     pub png: Option<PathBuf>,
+    /// Also write all words' maps over the image on one sheet
+    #[arg(long, value_name = "FILE.png")]
+    pub sheet: Option<PathBuf>,
     /// How the latents get their noise (diffusion models)
     #[arg(long, value_enum, default_value_t = Mode::Ddim)]
     pub mode: Mode,
@@ -64,9 +68,14 @@ pub struct Args {
     /// How maps of layers and heads become one (vision-language models)
     #[arg(long, value_name = "RULE", default_value = "mean-mean")]
     pub aggregate: String,
-    /// Layers: `all`, `last:N` or a list such as `3,7` (vision-language models)
-    #[arg(long, default_value = "all")]
-    pub layers: String,
+    /// Layers: `all`, `last:N` or a list such as `3,7` (vision-language models); `16+32`, `16` or `daam` (diffusion
+    /// models) [default: all, 16+32]
+    #[arg(long)]
+    pub layers: Option<String>,
+    /// Also write the image, its VAE round trip, and its DDIM and null-text reconstructions side by side, with their
+    /// signal-to-noise ratios (diffusion models, --mode ddim or null-text)
+    #[arg(long, value_name = "FILE.png")]
+    pub preview: Option<PathBuf>,
     /// Also write `probs`, the maps of every layer and head (vision-language models)
     #[arg(long)]
     pub per_head: bool,
@@ -88,7 +97,7 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
 fn from_student(args: &Args, context: &Context) -> Result<()> {
     let (aggregate, layers) = (
         parsed("aggregate", &args.aggregate)?,
-        parsed::<Layers>("layers", &args.layers)?,
+        parsed::<Layers>("layers", args.layers.as_deref().unwrap_or("all"))?,
     );
     let image = ImageRef::Path(args.image.clone()).open()?;
     let model = student::open(&args.model, args.lora.as_deref(), context)?;
@@ -156,11 +165,10 @@ fn from_student(args: &Args, context: &Context) -> Result<()> {
     }
     let mut metadata = word_metadata(&result)?;
     metadata.insert("aggregate".into(), args.aggregate.clone());
-    metadata.insert("layers".into(), args.layers.clone());
+    let layers = args.layers.as_deref().unwrap_or("all");
+    metadata.insert("layers".into(), layers.to_owned());
     save_safetensors(&args.out, &tensors, Some(metadata))?;
-    if let Some(dir) = &args.png {
-        write_pictures(dir, &pictures[0], &result)?;
-    }
+    write_pictures(args, &pictures[0], &result)?;
     context.print(format_args!(
         "{} word maps: {}",
         result.words.len(),
@@ -177,6 +185,13 @@ fn parsed<T: std::str::FromStr<Err = String>>(option: &str, text: &str) -> Resul
 /// The maps of a diffusion model, with the latents, text states and first noise prediction beside them.
 fn from_diffusion(args: &Args, context: &Context) -> Result<()> {
     let trajectory = args.mode.trajectory(args.steps)?;
+    if args.preview.is_some() && matches!(trajectory, Trajectory::Noised { .. }) {
+        return Err(Error::Config(
+            "--preview: nothing to show, `--mode noised` follows no path back to the image; \
+             use `--mode ddim` or `--mode null-text`"
+                .into(),
+        ));
+    }
     let image = ImageRef::Path(args.image.clone()).open()?;
     let gpu = context.gpu()?;
     let options = TeacherOptions {
@@ -186,7 +201,10 @@ fn from_diffusion(args: &Args, context: &Context) -> Result<()> {
     let maker = TargetMaker {
         model: &model,
         trajectory,
-        layers: MapLayers::default(),
+        layers: match &args.layers {
+            Some(name) => MapLayers::parse(name)?,
+            None => MapLayers::default(),
+        },
         case: Case::Lower,
         seed: context.seed(0),
     };
@@ -200,6 +218,10 @@ fn from_diffusion(args: &Args, context: &Context) -> Result<()> {
         progress.step(format!("step {step}"));
         context.interrupt.check()
     })?;
+    if let Some(file) = &args.preview {
+        let found = preview::reconstructions(&model, &image, &made, 0, trajectory.steps())?;
+        save_png(file, &preview::picture(&model, &image, &found))?;
+    }
     let run = &made.recorded.run;
     let mut tensors = word_tensors(&made.maps[0]);
     tensors.push(("latents".into(), channels_first(&made.latents)?));
@@ -209,9 +231,7 @@ fn from_diffusion(args: &Args, context: &Context) -> Result<()> {
     metadata.insert("mode".into(), trajectory.mode().into());
     metadata.insert("steps".into(), trajectory.steps().to_string());
     save_safetensors(&args.out, &tensors, Some(metadata))?;
-    if let Some(dir) = &args.png {
-        write_pictures(dir, &centre_square(&image), &made.maps[0])?;
-    }
+    write_pictures(args, &centre_square(&image), &made.maps[0])?;
     context.print(format_args!(
         "{} word maps: {}",
         made.maps[0].words.len(),
@@ -219,13 +239,28 @@ fn from_diffusion(args: &Args, context: &Context) -> Result<()> {
     ))
 }
 
-/// One picture a word, `<word>.png`: its map over the part of the image that the model saw.
-fn write_pictures(dir: &Path, seen: &RgbImage, maps: &WordMaps) -> Result<()> {
-    for (word, map) in maps.words.iter().zip(maps.maps.chunks(MAP_SIDE * MAP_SIDE)) {
-        let file = dir.join(format!("{}.png", file_stem(&word.text)));
-        save_png(file, &overlay(seen, map))?;
+/// Words beside each other on the sheet.
+const SHEET_COLUMNS: usize = 5;
+
+/// The pictures that were asked for: one a word, `<word>.png`, its map over the part of the image that the model saw;
+/// and all of them on one sheet.
+fn write_pictures(args: &Args, seen: &RgbImage, maps: &WordMaps) -> Result<()> {
+    if args.png.is_none() && args.sheet.is_none() {
+        return Ok(());
     }
-    Ok(())
+    let mut cells = vec![("image".to_owned(), seen.clone())];
+    for (word, map) in maps.words.iter().zip(maps.maps.chunks(MAP_SIDE * MAP_SIDE)) {
+        let picture = overlay(seen, map);
+        if let Some(dir) = &args.png {
+            let file = dir.join(format!("{}.png", file_stem(&word.text)));
+            save_png(file, &picture)?;
+        }
+        cells.push((word.text.clone(), picture));
+    }
+    match &args.sheet {
+        Some(file) => save_png(file, &gallery(&cells, SHEET_COLUMNS)),
+        None => Ok(()),
+    }
 }
 
 /// `maps` and `raw`, f32 `[words, 32, 32]`.

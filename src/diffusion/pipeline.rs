@@ -120,6 +120,8 @@ pub struct Recorded {
     pub text: Tensor,
     /// The trajectory of every chunk.
     pub run: TrajectoryRun,
+    /// Each sample's first place among the chunks.
+    pub first_chunk: Vec<usize>,
 }
 
 /// Tokenizer, text encoder, VAE, U-Net and noise schedule of one checkpoint.
@@ -152,16 +154,17 @@ impl StableDiffusion {
         self.latent_side() * self.vae.config().factor()
     }
 
-    /// An image as the VAE takes it, f32 in −1…1 `[1, side, side, 3]`: cropped to the square in its middle, resized
-    /// with a Lanczos filter as `diffusers`' image processor does.
+    /// The part of an image that the model sees, at its size: cropped to the square in the middle, resized with a
+    /// Lanczos filter as `diffusers`' image processor does.
+    pub fn resized(&self, image: &RgbImage) -> RgbImage {
+        let side = self.image_side() as u32;
+        resize(&centre_square(image), side, side, Filter::Lanczos)
+    }
+
+    /// An image as the VAE takes it, f32 in −1…1 `[1, side, side, 3]`: [`StableDiffusion::resized`].
     pub fn prepare_image(&self, image: &RgbImage) -> Tensor {
         let side = self.image_side();
-        let resized = resize(
-            &centre_square(image),
-            side as u32,
-            side as u32,
-            Filter::Lanczos,
-        );
+        let resized = self.resized(image);
         let values: Vec<f32> = resized
             .iter()
             .map(|&v| f32::from(v) / 127.5 - 1.0)
@@ -316,7 +319,18 @@ impl StableDiffusion {
         for ((chunk, maps), sample) in chunks.iter().zip(maps.chunks(each)).zip(owner) {
             tokens[sample].push(&chunk.offsets, maps);
         }
-        Ok(Recorded { tokens, text, run })
+        let first_chunk = texts
+            .iter()
+            .scan(0, |next, chunks| {
+                Some(std::mem::replace(next, *next + chunks.len()))
+            })
+            .collect();
+        Ok(Recorded {
+            tokens,
+            text,
+            run,
+            first_chunk,
+        })
     }
 
     /// The GPU that it was loaded to.

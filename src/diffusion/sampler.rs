@@ -188,6 +188,29 @@ impl StableDiffusion {
         Ok(x)
     }
 
+    /// The clean latents that DDIM with guidance against the empty text finds from `inverted`, the end of an
+    /// inversion of `steps` steps with `text` `[batch, context, width]`.
+    ///
+    /// # Errors
+    /// What the GPU reports.
+    pub fn sample_back(
+        &self,
+        inverted: &Tensor,
+        text: &Tensor,
+        steps: usize,
+        guidance: f32,
+    ) -> Result<Tensor> {
+        let negative = self.encode_text(&[&self.tokenizer.chunk_of("")?]);
+        let negative = repeat_samples(&negative, &vec![0; text.dim(0)]);
+        let mut x = inverted.clone();
+        for step in Sampler::Ddim.moves(&self.schedule, steps, 0) {
+            let noise = self.guided_noise(&x, step.timestep, text, &negative, guidance);
+            x = self.schedule.step(&x, &noise, step.from, step.to);
+            self.gpu().check()?;
+        }
+        Ok(x)
+    }
+
     /// U-Net evaluations that [`StableDiffusion::generate`] takes.
     pub fn moves(&self, options: &GenerateOptions) -> usize {
         options.steps + usize::from(options.sampler == Sampler::Pndm && options.steps > 1)

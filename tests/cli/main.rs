@@ -3,6 +3,7 @@
 mod bad_input;
 mod devices;
 mod merge;
+mod paint;
 mod student;
 mod support;
 mod teacher;

@@ -253,7 +253,7 @@ fn modes_and_steps_that_are_not_there_are_refused() {
         ];
         refused_with(&arguments, parts);
     };
-    with("null-text", "4", XX);
+    with("null-text", "0", &["--steps", "found 0", "1 to 1000"]);
     with("ddim", "0", &["--steps", "found 0", "1 to 1000"]);
     with("ddim", "1001", &["--steps", "found 1001"]);
     assert!(!Path::new("unused.safetensors").exists());
