@@ -14,4 +14,4 @@ mod var;
 pub use attention::{attention, attention_captured, attention_tapped};
 pub use checkpoint::checkpoint;
 pub use layers::swiglu;
-pub use var::{Gradients, Var, find_non_finite, no_grad};
+pub use var::{Gradients, Var, enter_layer, find_non_finite, no_grad};

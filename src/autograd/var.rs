@@ -39,8 +39,16 @@ impl Drop for Node {
 thread_local! {
     static NEXT_ID: Cell<u64> = const { Cell::new(0) };
     static RECORDING: Cell<bool> = const { Cell::new(true) };
-    /// `Some(None)` while looking for the first op with a non-finite result.
-    static WATCH: RefCell<Option<Option<String>>> = const { RefCell::new(None) };
+    /// Set while looking for the first op with a non-finite result.
+    static WATCH: RefCell<Option<Watch>> = const { RefCell::new(None) };
+}
+
+/// A search for the first result that is not finite.
+#[derive(Default)]
+struct Watch {
+    /// The layer that was entered last.
+    layer: Option<String>,
+    found: Option<String>,
 }
 
 fn next_id() -> u64 {
@@ -64,26 +72,40 @@ pub(super) fn recording() -> bool {
 }
 
 /// Runs `f` and names the first op, forward or backward, whose result holds a NaN or an infinity,
-/// with its shape.
+/// with its shape and, in a forward, the layer that was entered last.
 ///
 /// Reads every intermediate result back: for finding the cause of a bad loss, not for training.
 pub fn find_non_finite(f: impl FnOnce()) -> Option<String> {
-    WATCH.set(Some(None));
+    WATCH.set(Some(Watch::default()));
     f();
-    WATCH.take().flatten()
+    WATCH.take().and_then(|watch| watch.found)
+}
+
+/// Tells a search by [`find_non_finite`], if one is on, which layer runs from here on: its name in the checkpoint.
+pub fn enter_layer(name: &str) {
+    WATCH.with_borrow_mut(|watch| {
+        if let Some(Watch { layer, found: None }) = watch {
+            *layer = Some(name.to_string());
+        }
+    });
 }
 
 fn watch(what: &str, op: &str, values: &[&Tensor]) {
     WATCH.with_borrow_mut(|watch| {
-        let Some(found @ None) = watch else { return };
-        for value in values {
-            let finite = value
-                .to_f32()
-                .is_ok_and(|v| v.iter().all(|x| x.is_finite()));
-            if !finite {
-                *found = Some(format!("{what}{op} (result {:?})", value.shape()));
-                return;
-            }
+        let Some(Watch { layer, found }) = watch else {
+            return;
+        };
+        let bad = |value: &&&Tensor| {
+            let values = value.to_f32();
+            !values.is_ok_and(|v| v.iter().all(|x| x.is_finite()))
+        };
+        if found.is_none()
+            && let Some(value) = values.iter().find(bad)
+        {
+            // A backward runs after the whole forward: its last layer says nothing.
+            let layer = layer.as_ref().filter(|_| what.is_empty());
+            let at = layer.map(|l| format!(" at `{l}`")).unwrap_or_default();
+            *found = Some(format!("{what}{op} (result {:?}){at}", value.shape()));
         }
     });
 }

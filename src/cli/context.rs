@@ -1,6 +1,7 @@
 //! What every subcommand needs: the common options, the GPU, progress and Ctrl-C.
 
 use std::io::{IsTerminal, Write};
+use std::str::FromStr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -37,20 +38,46 @@ pub struct Common {
     /// Seed of everything random [default: 0, or the configuration's]
     #[arg(long, global = true, value_name = "N", help_heading = "Common options")]
     pub seed: Option<u64>,
-    /// Most GPU memory to use, in MiB [default: no limit]
+    /// Most GPU memory to hold: 4GiB, 4GB, 800MB, or a number of MiB [default: no limit]
     #[arg(
         long,
         global = true,
-        value_name = "MIB",
+        value_name = "SIZE",
+        alias = "memory-limit",
         help_heading = "Common options"
     )]
-    pub memory_limit: Option<u64>,
+    pub max_memory: Option<Bytes>,
     /// Time every kernel on the device and print the sums at the end
     #[arg(long, global = true, help_heading = "Common options")]
     pub profile: bool,
     /// Print results and errors only
     #[arg(long, short, global = true, help_heading = "Common options")]
     pub quiet: bool,
+}
+
+/// A size of memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bytes(pub u64);
+
+impl FromStr for Bytes {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let text = text.trim();
+        let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+        let scale = match text[digits.len()..].trim().to_lowercase().as_str() {
+            "" | "mib" | "m" => 1 << 20,
+            "mb" => 1_000_000,
+            "gib" | "g" => 1 << 30,
+            "gb" => 1_000_000_000,
+            _ => 0,
+        };
+        let bytes = digits.parse().ok().map(|number: f64| number * scale as f64);
+        match bytes {
+            Some(bytes) if scale > 0 && bytes >= 0.0 && bytes < 1e18 => Ok(Self(bytes as u64)),
+            _ => Err("expected a size such as 4GiB, 4GB, 800MB or 4096 (MiB)".into()),
+        }
+    }
 }
 
 /// The common options at work; made once per program run.
@@ -81,7 +108,7 @@ impl Context {
         }
         let gpu = Gpu::new(&GpuOptions {
             adapter: self.common.adapter.clone(),
-            max_bytes: self.common.memory_limit.map(|mib| mib << 20),
+            max_bytes: self.common.max_memory.map(|Bytes(bytes)| bytes),
             profile: self.common.profile,
             ..GpuOptions::default()
         })?;
@@ -253,4 +280,36 @@ pub(super) fn start_logging(common: &Common) {
         .with_target(false)
         .without_time()
         .try_init();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Bytes;
+
+    #[test]
+    fn sizes_are_read_with_their_unit() {
+        for (text, bytes) in [
+            ("4096", 4 << 30),
+            ("0", 0),
+            ("4GiB", 4 << 30),
+            ("4 gb", 4_000_000_000),
+            ("1.5G", 3 << 29),
+            ("800MB", 800_000_000),
+            ("800MiB", 800 << 20),
+        ] {
+            assert_eq!(text.parse(), Ok(Bytes(bytes)), "{text}");
+        }
+        for text in [
+            "",
+            "GiB",
+            "4KB",
+            "-4GB",
+            "4GiBs",
+            "4,5GB",
+            "1e3GB",
+            "99999999999GB",
+        ] {
+            assert!(text.parse::<Bytes>().is_err(), "{text}");
+        }
+    }
 }

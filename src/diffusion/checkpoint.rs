@@ -147,6 +147,12 @@ impl TeacherFiles {
         })
     }
 
+    /// Text encoder, VAE and U-Net.
+    pub(super) fn parts(&self) -> [&Checkpoint; 3] {
+        let parts = &self.components;
+        [&parts.text, &parts.vae, &parts.unet]
+    }
+
     /// Every file that was opened: weights, configurations and tokenizer.
     pub fn files(&self) -> &[PathBuf] {
         &self.files

@@ -110,6 +110,9 @@ pub struct Moments {
 
 /// The autoencoder.
 pub struct Vae {
+    /// Side in latents of the tiles that larger images are worked on in; without one, images are whole where the
+    /// adapter can bind their activations (see [`super::vae_tiling`]).
+    pub tile: Option<usize>,
     config: VaeConfig,
     encoder: Encoder,
     quant_conv: Conv2d,
@@ -127,6 +130,7 @@ impl Vae {
             post_quant_conv: conv1x1(&l.sub("post_quant_conv"), latent, latent)?,
             decoder: Decoder::load(config, &l.sub("decoder"))?,
             config: config.clone(),
+            tile: None,
         })
     }
 
@@ -136,8 +140,21 @@ impl Vae {
     }
 
     /// Moments of images `[batch, height, width, 3]` in −1…1; sides must be multiples of [`VaeConfig::factor`].
+    ///
+    /// In tiles where [`Vae::tile`] or the adapter's binding limit asks for them.
     pub fn encode(&self, images: &Var) -> Moments {
-        let moments = self.quant_conv.forward(&self.encoder.forward(images));
+        let factor = self.config.factor();
+        let sides = [images.dim(1) / factor, images.dim(2) / factor];
+        let moments =
+            self.in_pieces(
+                images,
+                sides,
+                self.config.encoder_elements(),
+                |x, tile| match tile {
+                    Some(tile) => self.encode_tiled(x, tile),
+                    None => self.encode_whole(x),
+                },
+            );
         let latent = self.config.latent_channels;
         Moments {
             mean: moments.narrow(3, 0, latent),
@@ -145,8 +162,28 @@ impl Vae {
         }
     }
 
-    /// Images in −1…1 (not clamped) from unscaled latents `[batch, height, width, latent_channels]`.
+    /// Images in −1…1 (not clamped) from unscaled latents `[batch, height, width, latent_channels]`; tiles as in
+    /// [`Vae::encode`].
     pub fn decode(&self, latents: &Var) -> Var {
+        let sides = [latents.dim(1), latents.dim(2)];
+        self.in_pieces(
+            latents,
+            sides,
+            self.config.decoder_elements(),
+            |x, tile| match tile {
+                Some(tile) => self.decode_tiled(x, tile),
+                None => self.decode_whole(x),
+            },
+        )
+    }
+
+    /// Mean and log-variance side by side, of whole images.
+    pub(super) fn encode_whole(&self, images: &Var) -> Var {
+        self.quant_conv.forward(&self.encoder.forward(images))
+    }
+
+    /// Whole images.
+    pub(super) fn decode_whole(&self, latents: &Var) -> Var {
         self.decoder.forward(&self.post_quant_conv.forward(latents))
     }
 }

@@ -41,6 +41,8 @@ pub struct Tier {
     pub max_invocations: u32,
     /// Alignment of a binding's offset, bytes.
     pub offset_alignment: u64,
+    /// The device's own memory (a software driver's: the machine's), bytes; `None` where the backend does not tell.
+    pub memory: Option<u64>,
     #[serde(skip)]
     pub(crate) cache_key: Option<String>,
 }
@@ -50,7 +52,7 @@ impl fmt::Display for Tier {
         let yes = |b: bool, s: &str| if b { format!(" {s}") } else { String::new() };
         write!(
             f,
-            "adapter {} [{}]{}{}{}{}; binding {} MiB, shared {} KiB",
+            "adapter {} [{}]{}{}{}{}; {}binding {} MiB, shared {} KiB",
             self.name,
             self.driver,
             yes(self.cpu, "cpu"),
@@ -64,6 +66,9 @@ impl fmt::Display for Tier {
                 String::new()
             },
             yes(self.cooperative_matrix, "cooperative-matrix"),
+            self.memory
+                .map(|bytes| format!("memory {:.1} GiB, ", bytes as f64 / (1u64 << 30) as f64))
+                .unwrap_or_default(),
             self.max_binding >> 20,
             self.shared_bytes >> 10,
         )
@@ -127,8 +132,33 @@ fn tier(adapter: &wgpu::Adapter) -> Tier {
         shared_bytes: limits.max_compute_workgroup_storage_size,
         max_invocations: limits.max_compute_invocations_per_workgroup,
         offset_alignment: u64::from(limits.min_storage_buffer_offset_alignment),
+        memory: memory(adapter),
         cache_key: wgpu::util::pipeline_cache_key(&info),
     }
+}
+
+/// Bytes of the largest heap that is the device's own. wgpu does not tell; Vulkan does.
+#[cfg(not(target_vendor = "apple"))]
+fn memory(adapter: &wgpu::Adapter) -> Option<u64> {
+    /// `VK_MEMORY_HEAP_DEVICE_LOCAL_BIT`.
+    const DEVICE_LOCAL: u32 = 1;
+    // SAFETY: the handles are used while the guard keeps the adapter alive, and nothing of it is destroyed.
+    let properties = unsafe {
+        let vulkan = adapter.as_hal::<wgpu::hal::api::Vulkan>()?;
+        let instance = vulkan.shared_instance().raw_instance();
+        instance.get_physical_device_memory_properties(vulkan.raw_physical_device())
+    };
+    let heaps = properties.memory_heaps.iter();
+    heaps
+        .take(properties.memory_heap_count as usize)
+        .filter(|heap| heap.flags.as_raw() & DEVICE_LOCAL != 0)
+        .map(|heap| heap.size)
+        .max()
+}
+
+#[cfg(target_vendor = "apple")]
+fn memory(_: &wgpu::Adapter) -> Option<u64> {
+    None
 }
 
 /// Every adapter that this machine has, in `--adapter INDEX` order.

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 pub use adapter::{AdapterSummary, Tier, list_adapters};
 pub use kernel::Kernel;
-pub use pool::{Buffer, MemoryStats};
+pub use pool::{Buffer, MemoryStats, size_class};
 pub use profile::OpTime;
 pub use readback::ReadBack;
 pub use shader::{ShaderLibrary, stitched_wgsl};
@@ -165,6 +165,13 @@ impl Gpu {
     /// Bytes held by our allocator now, at its peak, and kept in its free lists.
     pub fn memory(&self) -> MemoryStats {
         self.0.pool.stats()
+    }
+
+    /// Bytes that may be held: the limit that it was opened with or the adapter's memory, whichever is less; `None`
+    /// where neither is known.
+    pub fn room(&self) -> Option<u64> {
+        let limits = [self.0.pool.max_bytes(), self.0.tier.memory];
+        limits.into_iter().flatten().min()
     }
 
     /// Starts a new peak measurement at the current level.

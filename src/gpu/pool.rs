@@ -64,8 +64,8 @@ impl Drop for Buffer {
     }
 }
 
-/// Size class of `bytes`: quarter steps between powers of two, at least 256 bytes.
-fn size_class(bytes: u64) -> u64 {
+/// Bytes that a buffer of `bytes` takes, its size class: quarter steps between powers of two, at least 256 bytes.
+pub fn size_class(bytes: u64) -> u64 {
     // 16 spare bytes let kernels read a whole vec4 at the tail.
     let bytes = (bytes + 16).max(256);
     let step = (bytes.next_power_of_two() / 8).max(256);
@@ -78,6 +78,10 @@ impl Pool {
             state: Arc::default(),
             max_bytes,
         }
+    }
+
+    pub fn max_bytes(&self) -> Option<u64> {
+        self.max_bytes
     }
 
     pub fn stats(&self) -> MemoryStats {

@@ -1,12 +1,13 @@
 //! Channels-last convolutions.
 
 use super::loader::{Init, Loader};
-use crate::autograd::Var;
+use crate::autograd::{Var, enter_layer};
 use crate::error::Result;
 use crate::ops::conv2d::Conv2dOptions;
 
 /// A square convolution over [batch, height, width, channels].
 pub struct Conv2d {
+    name: String,
     weight: Var,
     bias: Option<Var>,
     options: Conv2dOptions,
@@ -27,6 +28,7 @@ impl Conv2d {
     ) -> Result<Conv2d> {
         let init = Init::Uniform(1.0 / ((inputs * kernel * kernel) as f32).sqrt());
         Ok(Conv2d {
+            name: loader.path(""),
             weight: loader.convolution("weight", [outputs, inputs, kernel, kernel], init)?,
             bias: match bias {
                 true => Some(loader.vector("bias", &[outputs], Init::Zeros)?),
@@ -38,6 +40,7 @@ impl Conv2d {
 
     /// x [batch, height, width, inputs] → [batch, height', width', outputs].
     pub fn forward(&self, x: &Var) -> Var {
+        enter_layer(&self.name);
         x.conv2d(&self.weight, self.bias.as_ref(), self.options)
     }
 }

@@ -2,11 +2,12 @@
 
 use super::loader::{Init, Loader};
 use super::lora::Lora;
-use crate::autograd::Var;
+use crate::autograd::{Var, enter_layer};
 use crate::error::Result;
 
 /// y = x Wᵀ + b, with LoRA factors where the loader's configuration asks for them.
 pub struct Linear {
+    name: String,
     weight: Var,
     bias: Option<Var>,
     lora: Option<Lora>,
@@ -21,6 +22,7 @@ impl Linear {
         // PyTorch's default initialisation.
         let init = Init::Uniform(1.0 / (inputs as f32).sqrt());
         Ok(Linear {
+            name: loader.path(""),
             weight: loader.matrix("weight", &[outputs, inputs], init)?,
             bias: match bias {
                 true => Some(loader.vector("bias", &[outputs], Init::Zeros)?),
@@ -33,6 +35,7 @@ impl Linear {
     /// A layer around weights at hand (tied embeddings).
     pub fn from_weights(weight: Var, bias: Option<Var>) -> Linear {
         Linear {
+            name: "tied projection".into(),
             weight,
             bias,
             lora: None,
@@ -41,6 +44,7 @@ impl Linear {
 
     /// x [.., inputs] → [.., outputs].
     pub fn forward(&self, x: &Var) -> Var {
+        enter_layer(&self.name);
         let y = x.linear(&self.weight, self.bias.as_ref());
         match &self.lora {
             Some(lora) => y.add(&lora.forward(x)),

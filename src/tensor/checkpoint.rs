@@ -173,6 +173,12 @@ impl Checkpoint {
         self.entries.get(name).map(|e| e.shape.as_slice())
     }
 
+    /// Bytes of an element of tensor `name`, as stored.
+    pub fn element_bytes(&self, name: &str) -> Option<usize> {
+        let entry = self.entries.get(name)?;
+        Some(entry.range.len() / super::elements(&entry.shape).max(1))
+    }
+
     fn entry(&self, name: &str, shape: Option<&[usize]>) -> Result<&Entry> {
         let entry = self.entries.get(name).ok_or_else(|| {
             let near = self

@@ -5,6 +5,7 @@ mod support;
 
 mod clip_tokenizer;
 mod ddim;
+mod full_size;
 mod idefics3_processor;
 mod merge;
 mod mllama;
@@ -17,3 +18,4 @@ mod smolvlm_train;
 mod teacher;
 mod teacher_fixture;
 mod teacher_layouts;
+mod teacher_memory;
