@@ -11,7 +11,8 @@ use crate::eval::drawn::{Figures, figures};
 use crate::gpu::Gpu;
 use crate::train::config::{Config, EMBEDDED};
 use crate::train::metrics::StepMetrics;
-use crate::train::recipe::{Observer, Training, WordSheet};
+use crate::train::objective::WordSheet;
+use crate::train::recipe::{Observer, Training};
 use crate::train::rundir::RunDir;
 use crate::{Result, embedded};
 
@@ -216,7 +217,10 @@ fn measure(
         return Ok(None);
     }
     let mut progress = context.progress(&format!("measure {when}"), scenes.len());
-    figures(gpu, &training.student, scenes, || progress.step("")).map(Some)
+    figures(gpu, &training.objective.student, scenes, || {
+        progress.step("")
+    })
+    .map(Some)
 }
 
 fn table(context: &Context, before: Figures, after: Figures) -> Result<()> {

@@ -3,10 +3,11 @@
 //! Paths are relative to the working directory. An unknown key is refused with the nearest known one. `--set
 //! table.key=value` changes a key after the file was read; the resolved configuration is written into the run.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::objective::Weights;
 use crate::align::options::{
     Aggregate, AlignerActivation, AlignerKind, AlignerNorm, LambdaSchedule, Layers, WordSource,
 };
@@ -20,6 +21,9 @@ mod parse;
 
 /// Stands for the embedded mini models and data in `model.path`, `data.path` and `data.diffusion`.
 pub const EMBEDDED: &str = "mini";
+
+/// Factor of the language loss while the aligner warms up.
+const WARMUP_FACTOR: f32 = 1e-7;
 
 /// The whole configuration.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -468,6 +472,15 @@ impl Config {
             LambdaSchedule::Exponential => {
                 self.loss.lambda * (-self.loss.decay * step as f64 / total.max(1) as f64).exp()
             }
+        }
+    }
+
+    /// The factors of the two losses at `step` of `total`.
+    pub fn weights(&self, step: u64, total: u64) -> Weights {
+        let warming = step < self.loss.aligner_warmup_steps;
+        Weights {
+            attention: self.lambda(step, total) as f32,
+            language: if warming { WARMUP_FACTOR } else { 1.0 },
         }
     }
 

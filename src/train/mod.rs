@@ -6,6 +6,7 @@ pub mod config;
 pub mod events;
 pub mod loader;
 pub mod metrics;
+pub mod objective;
 pub mod optimizer;
 pub mod pretrain;
 pub mod recipe;

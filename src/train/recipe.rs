@@ -16,12 +16,10 @@ use super::config::Config;
 use super::events::EventWriter;
 use super::loader::Loader;
 use super::metrics::{MetricsLog, StepMetrics};
+use super::objective::{Objective, Weights, WordSheet};
 use super::optimizer::Optimizer;
 use super::rundir::RunDir;
-use crate::align::aligner::{Aligner, AlignerShape};
-use crate::align::loss::{aligned, attention_loss, channels};
-use crate::align::maps::{SampleWords, word_maps};
-use crate::autograd::{Gradients, Var, find_non_finite, no_grad};
+use crate::autograd::{Gradients, find_non_finite};
 use crate::data::DataSet;
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
@@ -30,10 +28,7 @@ use crate::nn::{
 };
 use crate::ops::adamw::AdamW;
 use crate::tensor::{DType, PendingRead};
-use crate::vlm::{Grid, Student, Taps};
-
-/// Factor of the language loss while the aligner warms up.
-const WARMUP_FACTOR: f32 = 1e-7;
+use crate::vlm::Student;
 
 /// What the loop reports and asks while it runs.
 pub trait Observer {
@@ -45,28 +40,14 @@ pub trait Observer {
 
 /// The trained parts with what they were trained on.
 pub struct Training {
-    /// Student with its LoRA factors.
-    pub student: Student,
-    /// Aligner network.
-    pub aligner: Aligner,
+    /// Student, aligner and the losses between them and the data.
+    pub objective: Objective,
     loader: Arc<Loader>,
     config: Config,
     lora: LoraConfig,
-    /// Hooked layers that are aligned.
-    layers: Vec<usize>,
     optimizer: Optimizer,
     /// Updates done.
     step: u64,
-}
-
-/// A sample's words with the student's aligned maps and the targets, both [words, R·R].
-pub struct WordSheet {
-    /// The matched words.
-    pub words: Vec<String>,
-    /// The student's maps.
-    pub maps: Vec<f32>,
-    /// The teacher's.
-    pub targets: Vec<f32>,
 }
 
 /// Where a run's figures go.
@@ -83,13 +64,6 @@ struct Pending {
     attn_loss: Option<PendingRead>,
     grad_norm: Option<PendingRead>,
     order: Vec<usize>,
-}
-
-/// Losses of one batch, on the tape.
-struct Losses {
-    lm: Var,
-    attention: Option<Var>,
-    total: Var,
 }
 
 impl Training {
@@ -122,23 +96,8 @@ impl Training {
         if let Some(dir) = &config.init.lora {
             load_lora(dir, &student.parameters(), |name| student.rename_lora(name))?;
         }
-        let shape = AlignerShape {
-            kind: config.aligner.kind,
-            channels: channels(config.attention.aggregate, student.heads()),
-            hidden: config.aligner.hidden,
-            norm: config.aligner.norm,
-            activation: config.aligner.activation,
-        };
-        let aligner = match &config.init.aligner {
-            Some(file) => Aligner::open(gpu, file, shape)?,
-            None => Aligner::new(gpu, shape, config.train.seed ^ 0xa119)?,
-        };
-        let available: Vec<usize> = (0..student.hooked_layers()).collect();
-        let layers = config
-            .attention
-            .layers
-            .choose(&available)
-            .map_err(Error::Config)?;
+        let objective = Objective::new(gpu, config, student)?;
+        let student = &objective.student;
         let loader = Arc::new(Loader::new(config, student.processor().clone())?);
         let mut trained: Vec<Parameter> = student.parameters().all();
         if trained.is_empty() {
@@ -148,7 +107,7 @@ impl Training {
                 config.model.path.display()
             )));
         }
-        trained.extend(aligner.parameters().all());
+        trained.extend(objective.aligner.parameters().all());
         let o = &config.optimizer;
         let settings = AdamW {
             lr: o.lr as f32,
@@ -160,12 +119,10 @@ impl Training {
         };
         Ok(Training {
             optimizer: Optimizer::new(trained, settings, o.grad_clip as f32),
-            student,
-            aligner,
+            objective,
             loader,
             config: config.clone(),
             lora,
-            layers,
             step: 0,
         })
     }
@@ -176,12 +133,14 @@ impl Training {
     /// A checkpoint that does not fit this model.
     pub fn restore(&mut self, from: &Checkpoint) -> Result<()> {
         let dir = &from.dir;
-        load_lora(&dir.join("lora"), &self.student.parameters(), |name| {
-            self.student.rename_lora(name)
-        })?;
+        load_lora(
+            &dir.join("lora"),
+            &self.objective.student.parameters(),
+            |name| self.objective.student.rename_lora(name),
+        )?;
         let file = dir.join("aligner.safetensors");
         let saved = crate::tensor::Checkpoint::open(&file, "aligner")?;
-        for p in self.aligner.parameters().all() {
+        for p in self.objective.aligner.parameters().all() {
             p.restore(&saved)?;
         }
         self.optimizer
@@ -255,7 +214,9 @@ impl Training {
         gpu.reset_peak();
         let examples: Vec<&Example> = examples.iter().collect();
         let batch = Batch::new(gpu, &examples);
-        let losses = self.losses(gpu, &examples, &batch, self.step)?;
+        let losses = self
+            .objective
+            .losses(gpu, &examples, &batch, self.weights(self.step))?;
         let gradients = match losses.total.needs_grad() {
             true => losses.total.backward(),
             false => Gradients::default(),
@@ -288,62 +249,9 @@ impl Training {
         })
     }
 
-    /// λ and the language loss's factor at `step`.
-    fn weights(&self, step: u64) -> (f32, f32) {
-        let lambda = self.config.lambda(step, self.total_steps());
-        let warming = step < self.config.loss.aligner_warmup_steps;
-        (lambda as f32, if warming { WARMUP_FACTOR } else { 1.0 })
-    }
-
-    fn losses(&self, gpu: &Gpu, examples: &[&Example], batch: &Batch, step: u64) -> Result<Losses> {
-        let (lambda, language) = self.weights(step);
-        let prepared: Vec<_> = examples.iter().map(|e| &e.prepared).collect();
-        let taps = batch.tap_rows.as_ref().map(|rows| Taps {
-            layers: &self.layers,
-            rows: rows.clone(),
-            columns: batch.tap_columns.clone(),
-        });
-        let output = self.student.forward(&prepared, taps.as_ref())?;
-        let width = output.hidden.value().last_dim();
-        let tokens = output.hidden.value().elements() / width;
-        let hidden = output.hidden.reshape(&[tokens, width]);
-        let logits = self.student.logits(&hidden.gather_rows(&batch.label_rows));
-        let lm = logits.cross_entropy(&batch.labels, batch.label_count);
-        let attention = batch.targets.as_ref().map(|targets| {
-            let samples: Vec<(&SampleWords, Grid)> = examples
-                .iter()
-                .zip(&batch.grids)
-                .map(|(e, &grid)| (&e.words, grid))
-                .collect();
-            let loss = |taps: &[Var]| {
-                let maps: Vec<Var> = taps
-                    .iter()
-                    .filter_map(|t| word_maps(gpu, t, &samples))
-                    .collect();
-                attention_loss(
-                    &aligned(&maps, self.config.attention.aggregate, &self.aligner),
-                    targets,
-                )
-            };
-            // Logged at λ = 0 too, off the tape.
-            match lambda == 0.0 {
-                true => no_grad(|| loss(&output.taps.iter().map(Var::detach).collect::<Vec<_>>())),
-                false => loss(&output.taps),
-            }
-        });
-        let weighted = match language == 1.0 {
-            true => lm.clone(),
-            false => lm.scale(language),
-        };
-        let total = match &attention {
-            Some(attention) if lambda != 0.0 => weighted.add(&attention.scale(lambda)),
-            _ => weighted,
-        };
-        Ok(Losses {
-            lm,
-            attention,
-            total,
-        })
+    /// The factors of the losses at `step`.
+    fn weights(&self, step: u64) -> Weights {
+        self.config.weights(step, self.total_steps())
     }
 
     /// Waits for a step's figures, checks and logs them.
@@ -364,9 +272,9 @@ impl Training {
         metrics.lm_loss = first(Some(done.lm_loss))?;
         metrics.attn_loss = first(done.attn_loss)?;
         metrics.grad_norm = first(done.grad_norm)?;
-        let (lambda, language) = self.weights(metrics.step);
-        metrics.loss =
-            f64::from(language) * metrics.lm_loss + f64::from(lambda) * metrics.attn_loss;
+        let weights = self.weights(metrics.step);
+        metrics.loss = f64::from(weights.language) * metrics.lm_loss
+            + f64::from(weights.attention) * metrics.attn_loss;
         if !(metrics.loss.is_finite() && metrics.grad_norm.is_finite()) {
             return Err(self.not_finite(gpu, &metrics, &done.order));
         }
@@ -384,7 +292,9 @@ impl Training {
                 let examples: Vec<&Example> = examples.iter().collect();
                 let batch = Batch::new(gpu, &examples);
                 // Only the watch matters; an error would have come up in the step itself.
-                if let Ok(losses) = self.losses(gpu, &examples, &batch, metrics.step)
+                if let Ok(losses) =
+                    self.objective
+                        .losses(gpu, &examples, &batch, self.weights(metrics.step))
                     && losses.total.needs_grad()
                 {
                     losses.total.backward();
@@ -423,12 +333,15 @@ impl Training {
         let base = self.config.model.path.display().to_string();
         save_lora(
             &dir.join("lora"),
-            &self.student.parameters(),
+            &self.objective.student.parameters(),
             &self.lora,
             &base,
         )?;
         let aligner = dir.join("aligner.safetensors");
-        self.aligner.parameters().save(&aligner, DType::F32)
+        self.objective
+            .aligner
+            .parameters()
+            .save(&aligner, DType::F32)
     }
 
     /// Aligned maps of sample `index`'s matched words, for looking; `None` where it has none.
@@ -437,33 +350,7 @@ impl Training {
     /// A bad sample or a GPU fault.
     pub fn maps(&self, gpu: &Gpu, index: usize) -> Result<Option<WordSheet>> {
         let examples = self.loader.examples(&[index])?;
-        let examples: Vec<&Example> = examples.iter().collect();
-        let batch = Batch::new(gpu, &examples);
-        let Some(rows) = batch.tap_rows.clone() else {
-            return Ok(None);
-        };
-        let taps = Taps {
-            layers: &self.layers,
-            rows,
-            columns: batch.tap_columns.clone(),
-        };
-        no_grad(|| {
-            let output = self
-                .student
-                .forward(&[&examples[0].prepared], Some(&taps))?;
-            let samples = [(&examples[0].words, batch.grids[0])];
-            let maps: Vec<Var> = output
-                .taps
-                .iter()
-                .filter_map(|t| word_maps(gpu, t, &samples))
-                .collect();
-            let maps = aligned(&maps, self.config.attention.aggregate, &self.aligner);
-            Ok(Some(WordSheet {
-                words: examples[0].words.words.clone(),
-                maps: maps.value().to_f32()?,
-                targets: examples[0].targets.clone(),
-            }))
-        })
+        self.objective.maps(gpu, &examples[0])
     }
 
     /// The data set.

@@ -1,0 +1,166 @@
+//! What a step minimises: next-token loss plus λ × the distance of the student's aligned word maps from the targets.
+
+use super::batch::{Batch, Example};
+use super::config::Config;
+use crate::align::aligner::{Aligner, AlignerShape};
+use crate::align::loss::{aligned, attention_loss, channels};
+use crate::align::maps::{SampleWords, word_maps};
+use crate::autograd::{Var, no_grad};
+use crate::error::{Error, Result};
+use crate::gpu::Gpu;
+use crate::vlm::{Grid, Student, Taps};
+
+/// Student and aligner, and how their maps are compared with the targets.
+pub struct Objective {
+    /// Student with its trained parts.
+    pub student: Student,
+    /// Aligner network.
+    pub aligner: Aligner,
+    /// Hooked layers that are aligned.
+    layers: Vec<usize>,
+    config: Config,
+}
+
+/// Losses of one batch, on the tape.
+pub struct Losses {
+    /// Next-token loss, without the warm-up's factor.
+    pub lm: Var,
+    /// Distance of the maps, without λ; `None` where the batch has no word with a target.
+    pub attention: Option<Var>,
+    /// What is minimised.
+    pub total: Var,
+}
+
+/// The factors of a step's losses.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Weights {
+    /// λ.
+    pub attention: f32,
+    /// Of the language loss: 1 but for warm-up and ramp.
+    pub language: f32,
+}
+
+/// A sample's words with the student's aligned maps and the targets, both [words, R·R].
+pub struct WordSheet {
+    /// The matched words.
+    pub words: Vec<String>,
+    /// The student's maps.
+    pub maps: Vec<f32>,
+    /// The teacher's.
+    pub targets: Vec<f32>,
+}
+
+impl Objective {
+    /// The aligner that `config` describes beside `student`, with new weights or those of `init.aligner`.
+    ///
+    /// # Errors
+    /// Layers that the student does not have; an aligner file that does not fit.
+    pub fn new(gpu: &Gpu, config: &Config, student: Student) -> Result<Objective> {
+        let shape = AlignerShape {
+            kind: config.aligner.kind,
+            channels: channels(config.attention.aggregate, student.heads()),
+            hidden: config.aligner.hidden,
+            norm: config.aligner.norm,
+            activation: config.aligner.activation,
+        };
+        let aligner = match &config.init.aligner {
+            Some(file) => Aligner::open(gpu, file, shape)?,
+            None => Aligner::new(gpu, shape, config.train.seed ^ 0xa119)?,
+        };
+        let available: Vec<usize> = (0..student.hooked_layers()).collect();
+        let layers = &config.attention.layers;
+        Ok(Objective {
+            layers: layers.choose(&available).map_err(Error::Config)?,
+            student,
+            aligner,
+            config: config.clone(),
+        })
+    }
+
+    /// The losses of one batch; nothing is waited for.
+    ///
+    /// # Errors
+    /// Examples that do not fit one batch.
+    pub fn losses(
+        &self,
+        gpu: &Gpu,
+        examples: &[&Example],
+        batch: &Batch,
+        weights: Weights,
+    ) -> Result<Losses> {
+        let prepared: Vec<_> = examples.iter().map(|e| &e.prepared).collect();
+        let output = self.student.forward(&prepared, self.taps(batch).as_ref())?;
+        let width = output.hidden.value().last_dim();
+        let tokens = output.hidden.value().elements() / width;
+        let hidden = output.hidden.reshape(&[tokens, width]);
+        let logits = self.student.logits(&hidden.gather_rows(&batch.label_rows));
+        let lm = logits.cross_entropy(&batch.labels, batch.label_count);
+        let attention = batch.targets.as_ref().map(|targets| {
+            let loss =
+                |taps: &[Var]| attention_loss(&self.maps_of(gpu, taps, examples, batch), targets);
+            // Logged at λ = 0 too, off the tape.
+            match weights.attention == 0.0 {
+                true => no_grad(|| loss(&output.taps.iter().map(Var::detach).collect::<Vec<_>>())),
+                false => loss(&output.taps),
+            }
+        });
+        let weighted = match weights.language == 1.0 {
+            true => lm.clone(),
+            false => lm.scale(weights.language),
+        };
+        let total = match &attention {
+            Some(attention) if weights.attention != 0.0 => {
+                weighted.add(&attention.scale(weights.attention))
+            }
+            _ => weighted,
+        };
+        Ok(Losses {
+            lm,
+            attention,
+            total,
+        })
+    }
+
+    /// Aligned maps of an example's matched words, for looking; `None` where it has none.
+    ///
+    /// # Errors
+    /// A GPU fault.
+    pub fn maps(&self, gpu: &Gpu, example: &Example) -> Result<Option<WordSheet>> {
+        let batch = Batch::new(gpu, &[example]);
+        let Some(taps) = self.taps(&batch) else {
+            return Ok(None);
+        };
+        no_grad(|| {
+            let output = self.student.forward(&[&example.prepared], Some(&taps))?;
+            let maps = self.maps_of(gpu, &output.taps, &[example], &batch);
+            Ok(Some(WordSheet {
+                words: example.words.words.clone(),
+                maps: maps.value().to_f32()?,
+                targets: example.targets.clone(),
+            }))
+        })
+    }
+
+    /// What the student is to tap for a batch; `None` where it has no word.
+    fn taps(&self, batch: &Batch) -> Option<Taps<'_>> {
+        batch.tap_rows.as_ref().map(|rows| Taps {
+            layers: &self.layers,
+            rows: rows.clone(),
+            columns: batch.tap_columns.clone(),
+        })
+    }
+
+    /// One map [R·R] in 0…1 for each word of the batch, from each layer's tap.
+    fn maps_of(&self, gpu: &Gpu, taps: &[Var], examples: &[&Example], batch: &Batch) -> Var {
+        let samples: Vec<(&SampleWords, Grid)> = examples
+            .iter()
+            .zip(&batch.grids)
+            .map(|(e, &grid)| (&e.words, grid))
+            .collect();
+        let maps: Vec<Var> = taps
+            .iter()
+            .filter_map(|tap| word_maps(gpu, tap, &samples))
+            .collect();
+        aligned(&maps, self.config.attention.aggregate, &self.aligner)
+    }
+}
