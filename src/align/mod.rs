@@ -6,6 +6,7 @@ pub mod maps;
 pub mod options;
 pub mod picture;
 pub mod preview;
+pub mod report;
 pub mod store;
 pub mod targets;
 pub mod words;

@@ -3,6 +3,8 @@
 //! Two layouts, told apart when opened:
 //! - ours ([`shards`]): safetensors shards of up to N samples and beside each a JSONL index;
 //! - the published one ([`published`]): `<root>/<image>/lpm_attention/<stem>/attention_<word>.jpg`.
+//!
+//! Beside the maps of either stand the lists of [`failures`], and while a run is unfinished its plan and parts.
 
 use std::path::Path;
 
@@ -12,8 +14,13 @@ use sha2::{Digest, Sha256};
 use super::words::{Case, Word};
 use crate::{Error, Result};
 
+pub mod failures;
+mod plan;
 pub mod published;
 pub mod shards;
+mod writer;
+
+pub use writer::{Batch, Outcome, Planned, TargetWriter};
 
 /// Side of every stored map, R in the method.
 pub const SIDE: usize = 32;
@@ -122,6 +129,12 @@ impl TargetStore {
         if let Some(store) = published::Store::open(path)? {
             return Ok(Self(Inner::Published(store)));
         }
+        if !plan::files_with_prefix(path, "plan-")?.is_empty() {
+            return Err(Error::file(
+                path,
+                "the run that makes these targets has not finished a shard yet; start the same `targets` command again",
+            ));
+        }
         Err(Error::file(
             path,
             "no targets here: expected `maps-*.jsonl` as written by `lavender-wgpu targets`, \
@@ -176,85 +189,21 @@ impl TargetStore {
             Inner::Published(store) => store.options(),
         }
     }
+
+    /// Where the targets were made, each place once.
+    pub fn provenances(&self) -> Vec<&Provenance> {
+        match &self.0 {
+            Inner::Shards(store) => store.provenances(),
+            Inner::Published(store) => store.provenance().into_iter().collect(),
+        }
+    }
 }
 
-/// Writes targets in either layout; samples that are already there can be skipped by [`TargetWriter::has`].
-#[derive(Debug)]
-pub enum TargetWriter {
-    /// Our shards.
-    Shards(Box<shards::Writer>),
-    /// The published layout.
-    Published(published::Writer),
-}
-
-impl TargetWriter {
-    /// Opens `dir` for writing, making it where needed.
-    ///
-    /// `part` is `(I, N)` of `--shard I/N` with I from 0 (`(0, 1)` for everything); see [`belongs`]. Errors: targets
-    /// already there were made with other options (each difference is named), a damaged index.
-    pub fn create(
-        dir: impl AsRef<Path>,
-        layout: Layout,
-        options: TargetOptions,
-        provenance: Provenance,
-        part: (usize, usize),
-    ) -> Result<Self> {
-        let dir = dir.as_ref();
-        Ok(match layout {
-            Layout::Shards => Self::Shards(Box::new(shards::Writer::create(
-                dir, options, provenance, part,
-            )?)),
-            Layout::Published => {
-                Self::Published(published::Writer::create(dir, options, provenance)?)
-            }
-        })
-    }
-
-    /// Whether the sample's targets are there already (written or waiting for their shard to fill).
-    pub fn has(&self, id: &str, image: Option<&str>) -> bool {
-        match self {
-            Self::Shards(writer) => writer.has(id),
-            Self::Published(writer) => image.is_some_and(|image| writer.has(image)),
-        }
-    }
-
-    /// Adds a sample: `maps` is `[words, 32, 32]` in 0…1.
-    ///
-    /// `image` is the image's file name, needed by the published layout. On disk at the latest after
-    /// [`TargetWriter::finish`]. Panics if `maps` does not fit `words`.
-    pub fn put(
-        &mut self,
-        id: &str,
-        image: Option<&str>,
-        caption: &str,
-        words: &[Word],
-        maps: &[f32],
-    ) -> Result<()> {
-        assert_eq!(
-            maps.len(),
-            words.len() * SIDE * SIDE,
-            "targets of `{id}`: maps do not fit words"
-        );
-        match self {
-            Self::Shards(writer) => writer.put(id, image, caption, words, maps),
-            Self::Published(writer) => {
-                let image = image.ok_or_else(|| {
-                    Error::Input(format!(
-                        "sample `{id}` has no image file name, which the lpm_attention layout is ordered by; \
-                         write the safetensors layout instead"
-                    ))
-                })?;
-                writer.put(image, words, maps)
-            }
-        }
-    }
-
-    /// Writes what is still waiting.
-    pub fn finish(&mut self) -> Result<()> {
-        match self {
-            Self::Shards(writer) => writer.flush(),
-            Self::Published(_) => Ok(()),
-        }
+/// Removes a file; no error where there is none.
+fn remove(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path, e)),
+        _ => Ok(()),
     }
 }
 

@@ -6,9 +6,10 @@ use sha2::{Digest, Sha256};
 use super::maps::min_max_host;
 use super::words::{Case, Word, word_tokens, words};
 use crate::diffusion::maps::{MapLayers, TokenMaps};
-use crate::diffusion::pipeline::{Recorded, StableDiffusion, Trajectory};
+use crate::diffusion::pipeline::{Recorded, StableDiffusion, Trajectory, centre_square};
 use crate::ops::concat::concat;
 use crate::tensor::Tensor;
+use crate::vlm::processor::resize::{Filter, resize};
 use crate::{Error, Result};
 
 /// The maps of a text's words.
@@ -38,12 +39,20 @@ pub fn word_maps(text: &str, case: Case, tokens: &TokenMaps) -> WordMaps {
     maps
 }
 
+/// An image as a teacher of image side `side` looks at it: the square in its middle, resized.
+///
+/// What the host does for an image, apart from the model so that other threads can do it ahead of the GPU.
+pub fn fitted(image: &RgbImage, side: usize) -> RgbImage {
+    let side = side as u32;
+    resize(&centre_square(image), side, side, Filter::Lanczos)
+}
+
 /// An image and the text whose words get maps.
 #[derive(Clone, Copy, Debug)]
 pub struct Item<'a> {
     /// Names the item in messages, and with the seed fixes its noise.
     pub id: &'a str,
-    /// The image; cropped to the square in its middle.
+    /// The image; cropped to the square in its middle and resized where it is not [`fitted`] yet.
     pub image: &'a RgbImage,
     /// The caption or answer.
     pub text: &'a str,

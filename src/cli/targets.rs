@@ -2,29 +2,34 @@
 
 use std::path::PathBuf;
 use std::str::FromStr;
-use std::time::Instant;
 
 use clap::ValueEnum;
 
 use super::Context;
+use crate::Result;
 use crate::align::store::{
-    Layout, MapType, Provenance, TargetOptions, TargetWriter, belongs, hash_of_files,
+    Layout, MapType, Planned, Provenance, TargetOptions, TargetStore, TargetWriter, belongs,
+    hash_of_files,
 };
-use crate::align::targets::{Item, TargetMaker};
+use crate::align::targets::TargetMaker;
 use crate::align::words::Case;
 use crate::data::{DataSet, Sample};
 use crate::diffusion::{MapLayers, StableDiffusion, TeacherOptions, Trajectory};
 use crate::gpu::Tier;
 use crate::train::config::Precision;
-use crate::{Error, Result};
+
+mod report;
+mod work;
 
 /// Options of `targets`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
     lavender-wgpu targets --diffusion sd-v1-4 --data train.json --images pictures --out targets\n  \
     lavender-wgpu targets --diffusion sd-v1-4 --data train.json --out targets --mode noised --steps 5\n  \
-    lavender-wgpu targets --diffusion sd-v1-4 --data train.json --out targets --shard 0/4    one of four machines\n\n\
-    A run that was stopped goes on where it was: samples with targets are skipped.")]
+    lavender-wgpu targets --diffusion sd-v1-4 --data train.json --out targets --shard 0/4    one of four machines\n  \
+    lavender-wgpu targets --diffusion sd-v1-4 --data train.json --out targets --report       and look at them\n\n\
+    A run that was stopped, however it was stopped, goes on where it was and ends with the same files. Samples with \
+    targets are skipped; those that cannot have any are listed in failures-*.jsonl and tried again by the next run.")]
 pub struct Args {
     /// Diffusion model in diffusers layout (Stable Diffusion v1)
     #[arg(long, value_name = "DIR")]
@@ -56,6 +61,12 @@ pub struct Args {
     /// Case in which words are stored and compared
     #[arg(long, value_enum, default_value_t = WordCase::Lower)]
     pub case: WordCase,
+    /// Samples made together; a run that goes on takes the same for the same bytes [default: by the model's size]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub batch: Option<u16>,
+    /// Also write a page to look at: maps over images, their entropy, failures [default: OUT/report.html]
+    #[arg(long, value_name = "FILE", num_args = 0..=1)]
+    pub report: Option<Option<PathBuf>>,
 }
 
 impl Args {
@@ -72,6 +83,8 @@ impl Args {
             layout: StoreLayout::Shards,
             maps: StoredMaps::F16,
             case: WordCase::Lower,
+            batch: None,
+            report: None,
         }
     }
 
@@ -87,9 +100,11 @@ impl Args {
 
 /// Writes the targets of every sample that has none yet.
 ///
+/// Samples that cannot be made are skipped and listed.
+///
 /// # Errors
-/// A model, data set or image that cannot be read, a caption without a word, a store made with other options, what
-/// the GPU reports. What was finished before stays, and the next run goes on from there.
+/// A model or data set that cannot be read, a store made with other options or in use, not one sample that could be
+/// made, a full disk, what the GPU reports. What was finished before stays, and the next run goes on from there.
 pub fn run(args: &Args, context: &Context) -> Result<()> {
     let trajectory = args.mode.trajectory(args.steps)?;
     let layers = MapLayers::default();
@@ -127,67 +142,34 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
         .iter()
         .filter(|sample| belongs(&sample.id, part))
         .collect();
-    let missing: Vec<&Sample> = mine
-        .iter()
-        .filter(|sample| !writer.has(&sample.id, Some(&sample.image.file_name())))
-        .copied()
-        .collect();
-    let start = Instant::now();
-    let made = write(&maker, &missing, mine.len(), &mut writer, context);
-    // Whatever stopped the run, the finished samples are kept.
-    writer.finish()?;
-    let words = made?;
-    context.print(format_args!(
-        "{} samples, {words} word maps in {:.1} s; {} samples were there already: {}",
-        missing.len(),
-        start.elapsed().as_secs_f32(),
-        mine.len() - missing.len(),
-        args.out.display()
-    ))
+    let planned = mine.iter().map(|sample| planned(sample)).collect();
+    let batch = args
+        .batch
+        .map_or_else(|| maker.batch_size(), |batch| batch.into());
+    for damage in writer.damaged() {
+        context.say(format_args!("made again: {damage}"));
+    }
+    let batches = writer
+        .plan(planned, batch)
+        .map_err(|e| work::explained(e, 0))?;
+    let tally = work::run(&maker, &mine, batches, &mut writer, context)?;
+    drop(writer);
+    tally.print(args, context)?;
+    if let Some(file) = &args.report {
+        let file = file.clone().unwrap_or_else(|| args.out.join("report.html"));
+        let store = tally.any().then(|| TargetStore::open(&args.out));
+        let store = store.transpose()?;
+        report::write(&file, &args.out, store.as_ref(), &data, context)?;
+    }
+    tally.check()
 }
 
-/// Makes and stores the targets of `samples`, of `total` with those that were there; gives the number of maps.
-fn write(
-    maker: &TargetMaker,
-    samples: &[&Sample],
-    total: usize,
-    writer: &mut TargetWriter,
-    context: &Context,
-) -> Result<usize> {
-    let mut progress = context.progress("targets", total);
-    progress.skip(total - samples.len());
-    let mut words = 0;
-    for batch in samples.chunks(maker.batch_size()) {
-        context.interrupt.check()?;
-        let images = batch
-            .iter()
-            .map(|sample| sample.image.open())
-            .collect::<Result<Vec<_>>>()?;
-        let texts: Vec<String> = batch.iter().map(|sample| sample.answer()).collect();
-        let items: Vec<Item> = batch
-            .iter()
-            .zip(images.iter().zip(&texts))
-            .map(|(sample, (image, text))| Item {
-                id: &sample.id,
-                image,
-                text,
-            })
-            .collect();
-        let made = maker.make(&items, |_| context.interrupt.check())?;
-        for ((sample, text), maps) in batch.iter().zip(&texts).zip(&made.maps) {
-            if maps.maps.iter().any(|value| !value.is_finite()) {
-                return Err(Error::Input(format!(
-                    "`{}`: the word maps are not finite; try `--precision f32`",
-                    sample.id
-                )));
-            }
-            let image = sample.image.file_name();
-            writer.put(&sample.id, Some(&image), text, &maps.words, &maps.maps)?;
-            words += maps.words.len();
-            progress.step(sample.id.clone());
-        }
+fn planned(sample: &Sample) -> Planned {
+    Planned {
+        id: sample.id.clone(),
+        image: Some(sample.image.file_name()),
+        caption: sample.answer(),
     }
-    Ok(words)
 }
 
 fn provenance(model: &StableDiffusion, tier: &Tier) -> Provenance {

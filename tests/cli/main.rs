@@ -6,5 +6,6 @@ mod merge;
 mod paint;
 mod student;
 mod support;
+mod targets;
 mod teacher;
 mod usage;

@@ -289,23 +289,6 @@ fn texts_without_a_word_are_refused() {
     for caption in ["", "   ", "?!"] {
         refuses(&reference("a"), caption, &["has no word"]);
     }
-    let dir = tempfile::tempdir().unwrap();
-    let data = data_set(dir.path(), &["a circle", "..."]);
-    let (model, out) = (reference("a"), dir.path().join("targets"));
-    refused_with(
-        &[
-            "targets",
-            "--diffusion",
-            text(&model),
-            "--data",
-            text(&data),
-            "--out",
-            text(&out),
-            "--steps",
-            "1",
-        ],
-        &["sample-1", "no word"],
-    );
 }
 
 #[test]

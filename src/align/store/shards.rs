@@ -8,7 +8,6 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
-use std::time::{Duration, Instant};
 
 use half::f16;
 use memmap2::Mmap;
@@ -23,23 +22,20 @@ use crate::{Error, Result, files};
 /// Samples in a full shard.
 pub const SHARD_SAMPLES: usize = 64;
 
-/// A shard is also written when its oldest sample has waited this long, so that a crash loses little.
-const FLUSH_AFTER: Duration = Duration::from_secs(300);
-
 /// One line of the index.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-struct Entry {
-    id: String,
+pub(super) struct Entry {
+    pub id: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    image: Option<String>,
-    caption: String,
-    words: Vec<Word>,
+    pub image: Option<String>,
+    pub caption: String,
+    pub words: Vec<Word>,
     /// Checksum of the sample's bytes in the shard.
-    sha256: String,
+    pub sha256: String,
     #[serde(flatten)]
-    options: TargetOptions,
+    pub options: TargetOptions,
     #[serde(flatten)]
-    provenance: Provenance,
+    pub provenance: Provenance,
 }
 
 /// A store of this layout, opened for reading.
@@ -105,6 +101,17 @@ impl Store {
         self.by_key.contains_key(key)
     }
 
+    /// Where the targets were made, each place once.
+    pub fn provenances(&self) -> Vec<&Provenance> {
+        let mut found: Vec<&Provenance> = Vec::new();
+        for (_, entry) in &self.entries {
+            if !found.contains(&&entry.provenance) {
+                found.push(&entry.provenance);
+            }
+        }
+        found
+    }
+
     /// The targets of a sample by id or image file name.
     pub fn get(&self, key: &str) -> Result<Option<Targets>> {
         let Some(&place) = self.by_key.get(key) else {
@@ -137,26 +144,55 @@ impl Store {
 
 /// The maps of one sample out of its shard's bytes, checked against the index.
 fn decode(shard: &Path, entry: &Entry, bytes: &[u8]) -> Result<Vec<f32>> {
-    let advice = || {
-        let stem = shard
-            .file_stem()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned();
-        format!("delete `{stem}.safetensors` and `{stem}.jsonl` and run `targets` again")
-    };
-    let tensors = SafeTensors::deserialize(bytes)
-        .map_err(|e| Error::file(shard, format!("damaged target shard ({e}); {}", advice())))?;
-    let wrong =
-        |message: String| Error::tensor(shard, &entry.id, format!("{message}; {}", advice()));
+    let bytes = open(shard, bytes).and_then(|tensors| {
+        // The bytes outlive the header that found them.
+        checked(shard, entry, &tensors)
+    });
+    let stem = shard.file_stem().unwrap_or_default().to_string_lossy();
+    let bytes = bytes.map_err(|damage| match damage {
+        Error::Tensor {
+            path,
+            name,
+            message,
+        } => Error::Tensor {
+            path,
+            name,
+            message: format!("{message}; {}", advice(&stem)),
+        },
+        other => Error::file(shard, format!("{}; {}", reason(&other), advice(&stem))),
+    })?;
+    Ok(values(entry.options.maps, bytes))
+}
+
+fn advice(stem: &str) -> String {
+    format!("run `targets` again, which finds and replaces `{stem}`")
+}
+
+/// An error's message without its file.
+fn reason(error: &Error) -> String {
+    match error {
+        Error::File { message, .. } => message.clone(),
+        other => other.to_string(),
+    }
+}
+
+fn open<'a>(shard: &Path, bytes: &'a [u8]) -> Result<SafeTensors<'a>> {
+    SafeTensors::deserialize(bytes)
+        .map_err(|e| Error::file(shard, format!("damaged target shard ({e})")))
+}
+
+/// The bytes of one sample's maps. Errors: the tensor is missing, has another shape, or not the index's checksum.
+pub(super) fn checked<'a>(
+    shard: &Path,
+    entry: &Entry,
+    tensors: &SafeTensors<'a>,
+) -> Result<&'a [u8]> {
+    let wrong = |message: String| Error::tensor(shard, &entry.id, message);
     let view = tensors
         .tensor(&entry.id)
         .map_err(|_| wrong("missing, though the index lists it".into()))?;
     let expected = [entry.words.len(), SIDE, SIDE];
-    let dtype = match entry.options.maps {
-        MapType::F16 => Dtype::F16,
-        MapType::U8 => Dtype::U8,
-    };
+    let dtype = dtype(entry.options.maps);
     if view.shape() != expected || view.dtype() != dtype {
         return Err(wrong(format!(
             "found {:?} {:?}, expected {dtype:?} {expected:?}",
@@ -164,21 +200,104 @@ fn decode(shard: &Path, entry: &Entry, bytes: &[u8]) -> Result<Vec<f32>> {
             view.shape()
         )));
     }
-    if short_hex(&Sha256::digest(view.data())) != entry.sha256 {
+    if checksum(view.data()) != entry.sha256 {
         return Err(wrong("its bytes do not match the index's checksum".into()));
     }
-    Ok(match entry.options.maps {
-        MapType::F16 => view
-            .data()
+    Ok(view.data())
+}
+
+fn dtype(maps: MapType) -> Dtype {
+    match maps {
+        MapType::F16 => Dtype::F16,
+        MapType::U8 => Dtype::U8,
+    }
+}
+
+/// The checksum of a sample's bytes that the index holds.
+pub(super) fn checksum(bytes: &[u8]) -> String {
+    short_hex(&Sha256::digest(bytes))
+}
+
+/// Maps 0…1 as they are stored.
+pub(super) fn bytes(maps_as: MapType, maps: &[f32]) -> Vec<u8> {
+    match maps_as {
+        MapType::F16 => maps
+            .iter()
+            .flat_map(|&x| f16::from_f32(x).to_le_bytes())
+            .collect(),
+        MapType::U8 => maps
+            .iter()
+            .map(|&x| (x.clamp(0.0, 1.0) * 255.0).round() as u8)
+            .collect(),
+    }
+}
+
+/// Stored maps as 0…1.
+pub(super) fn values(maps_as: MapType, bytes: &[u8]) -> Vec<f32> {
+    match maps_as {
+        MapType::F16 => bytes
             .chunks_exact(2)
             .map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32())
             .collect(),
-        MapType::U8 => view.data().iter().map(|&b| f32::from(b) / 255.0).collect(),
-    })
+        MapType::U8 => bytes.iter().map(|&b| f32::from(b) / 255.0).collect(),
+    }
+}
+
+/// A sample's bytes as the tensor that a shard holds.
+pub(super) fn view<'a>(shard: &Path, entry: &Entry, bytes: &'a [u8]) -> Result<TensorView<'a>> {
+    let shape = vec![entry.words.len(), SIDE, SIDE];
+    TensorView::new(dtype(entry.options.maps), shape, bytes)
+        .map_err(|e| Error::tensor(shard, &entry.id, e.to_string()))
+}
+
+/// The name of a shard without extension.
+pub(super) fn stem(part: (usize, usize), number: usize) -> String {
+    format!("maps-{}of{}-{number:05}", part.0, part.1)
+}
+
+/// The number of a shard of this part, by its file name.
+pub(super) fn number(part: (usize, usize), path: &Path) -> Option<usize> {
+    let stem = path.file_stem()?.to_str()?;
+    stem.strip_prefix(&format!("maps-{}of{}-", part.0, part.1))?
+        .parse()
+        .ok()
+}
+
+/// Writes a shard's maps.
+pub(super) fn write_maps(shard: &Path, samples: &[(Entry, Vec<u8>)]) -> Result<()> {
+    let views = samples
+        .iter()
+        .map(|(entry, bytes)| Ok((entry.id.as_str(), view(shard, entry, bytes)?)))
+        .collect::<Result<BTreeMap<_, _>>>()?;
+    let bytes =
+        safetensors::serialize(views, None).map_err(|e| Error::file(shard, e.to_string()))?;
+    files::write_bytes(shard, &bytes)
+}
+
+/// Writes a shard's index, which makes it count.
+pub(super) fn write_index(index: &Path, samples: &[(Entry, Vec<u8>)]) -> Result<()> {
+    let mut lines = Vec::new();
+    for (entry, _) in samples {
+        serde_json::to_writer(&mut lines, entry).map_err(|e| Error::file(index, e.to_string()))?;
+        lines.push(b'\n');
+    }
+    files::write_bytes(index, &lines)
+}
+
+/// Reads every sample of a shard and compares it with the index. Errors: the first difference.
+pub(super) fn verify(index: &Path, entries: &[Entry]) -> Result<()> {
+    let shard = index.with_extension("safetensors");
+    let file = std::fs::File::open(&shard).map_err(|e| Error::io(&shard, e))?;
+    // SAFETY: shards are immutable once renamed into place; nobody truncates one under us.
+    let bytes = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(&shard, e))?;
+    let tensors = open(&shard, &bytes)?;
+    entries
+        .iter()
+        .try_for_each(|entry| checked(&shard, entry, &tensors).map(|_| ()))
 }
 
 /// The index files of a directory, sorted by name.
-fn indices(dir: &Path) -> Result<Vec<PathBuf>> {
+pub(super) fn indices(dir: &Path) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for item in std::fs::read_dir(dir).map_err(|e| Error::io(dir, e))? {
         let path = item.map_err(|e| Error::io(dir, e))?.path();
@@ -191,7 +310,7 @@ fn indices(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-fn read_index(index: &Path) -> Result<Vec<Entry>> {
+pub(super) fn read_index(index: &Path) -> Result<Vec<Entry>> {
     files::read_text(index)?
         .lines()
         .enumerate()
@@ -205,139 +324,4 @@ fn read_index(index: &Path) -> Result<Vec<Entry>> {
             })
         })
         .collect()
-}
-
-/// Writes this layout.
-#[derive(Debug)]
-pub struct Writer {
-    dir: PathBuf,
-    options: TargetOptions,
-    provenance: Provenance,
-    part: (usize, usize),
-    /// Ids on disk or waiting.
-    known: std::collections::HashSet<String>,
-    /// Encoded samples of the shard that is being filled.
-    waiting: Vec<(Entry, Vec<u8>)>,
-    since: Instant,
-    next: usize,
-}
-
-impl Writer {
-    /// See [`super::TargetWriter::create`].
-    pub fn create(
-        dir: &Path,
-        options: TargetOptions,
-        provenance: Provenance,
-        part: (usize, usize),
-    ) -> Result<Self> {
-        files::create_dir(dir)?;
-        let mut known = std::collections::HashSet::new();
-        let mut next = 0;
-        let prefix = format!("maps-{}of{}-", part.0, part.1);
-        for index in indices(dir)? {
-            for entry in read_index(&index)? {
-                same_options(dir, &entry.options, &options)?;
-                known.insert(entry.id);
-            }
-            let stem = index
-                .file_stem()
-                .unwrap_or_default()
-                .to_string_lossy()
-                .into_owned();
-            if let Some(number) = stem
-                .strip_prefix(&prefix)
-                .and_then(|n| n.parse::<usize>().ok())
-            {
-                next = next.max(number + 1);
-            }
-        }
-        Ok(Self {
-            dir: dir.to_path_buf(),
-            options,
-            provenance,
-            part,
-            known,
-            waiting: Vec::new(),
-            since: Instant::now(),
-            next,
-        })
-    }
-
-    /// Whether the sample is on disk or waiting.
-    pub fn has(&self, id: &str) -> bool {
-        self.known.contains(id)
-    }
-
-    /// See [`super::TargetWriter::put`].
-    pub fn put(
-        &mut self,
-        id: &str,
-        image: Option<&str>,
-        caption: &str,
-        words: &[Word],
-        maps: &[f32],
-    ) -> Result<()> {
-        if !self.known.insert(id.to_owned()) {
-            return Ok(());
-        }
-        let bytes: Vec<u8> = match self.options.maps {
-            MapType::F16 => maps
-                .iter()
-                .flat_map(|&x| f16::from_f32(x).to_le_bytes())
-                .collect(),
-            MapType::U8 => maps
-                .iter()
-                .map(|&x| (x.clamp(0.0, 1.0) * 255.0).round() as u8)
-                .collect(),
-        };
-        if self.waiting.is_empty() {
-            self.since = Instant::now();
-        }
-        self.waiting.push((
-            Entry {
-                id: id.to_owned(),
-                image: image.map(str::to_owned),
-                caption: caption.to_owned(),
-                words: words.to_vec(),
-                sha256: short_hex(&Sha256::digest(&bytes)),
-                options: self.options.clone(),
-                provenance: self.provenance.clone(),
-            },
-            bytes,
-        ));
-        if self.waiting.len() >= SHARD_SAMPLES || self.since.elapsed() >= FLUSH_AFTER {
-            self.flush()?;
-        }
-        Ok(())
-    }
-
-    /// Writes the shard that is being filled, then its index.
-    pub fn flush(&mut self) -> Result<()> {
-        if self.waiting.is_empty() {
-            return Ok(());
-        }
-        let stem = format!("maps-{}of{}-{:05}", self.part.0, self.part.1, self.next);
-        let shard = self.dir.join(format!("{stem}.safetensors"));
-        let dtype = match self.options.maps {
-            MapType::F16 => Dtype::F16,
-            MapType::U8 => Dtype::U8,
-        };
-        let mut views = BTreeMap::new();
-        let mut lines = Vec::new();
-        for (entry, bytes) in &self.waiting {
-            let view = TensorView::new(dtype, vec![entry.words.len(), SIDE, SIDE], bytes)
-                .map_err(|e| Error::tensor(&shard, &entry.id, e.to_string()))?;
-            views.insert(entry.id.as_str(), view);
-            serde_json::to_writer(&mut lines, entry)
-                .map_err(|e| Error::file(&shard, e.to_string()))?;
-            lines.push(b'\n');
-        }
-        let bytes =
-            safetensors::serialize(views, None).map_err(|e| Error::file(&shard, e.to_string()))?;
-        files::write_bytes(&shard, &bytes)?;
-        files::write_bytes(self.dir.join(format!("{stem}.jsonl")), &lines)?;
-        self.waiting.clear();
-        self.next += 1;
-        Ok(())
-    }
 }
