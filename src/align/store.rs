@@ -61,8 +61,16 @@ pub struct TargetOptions {
     pub seed: u64,
     /// Case of the words.
     pub case: Case,
+    /// Type of the teacher's activations, `f32` or `f16`.
+    #[serde(default = "f32_name")]
+    pub precision: String,
     /// Storage type of the maps.
     pub maps: MapType,
+}
+
+/// What stores that do not name their precision were made with.
+fn f32_name() -> String {
+    "f32".into()
 }
 
 /// Where the targets were made; recorded with each sample, and free to differ within a store.

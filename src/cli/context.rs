@@ -250,6 +250,8 @@ impl Progress {
     /// Counts steps that an earlier run had done.
     pub fn skip(&self, steps: usize) {
         self.bar.inc(steps as u64);
+        // They say nothing of how long the rest takes.
+        self.bar.reset_eta();
     }
 
     /// Prints a line without tearing the bar.

@@ -132,6 +132,7 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
             layers: layers.name().to_owned(),
             seed: maker.seed,
             case: maker.case,
+            precision: format!("{:?}", options.activations).to_lowercase(),
             maps: args.maps.into(),
         },
         provenance(&model, gpu.tier()),

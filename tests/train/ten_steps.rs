@@ -36,6 +36,7 @@ fn store(fixture: &Path, into: &Path) {
         layers: "16+32".into(),
         seed: 0,
         case: Case::Lower,
+        precision: "f32".into(),
         maps: MapType::U8,
     };
     let provenance = Provenance {

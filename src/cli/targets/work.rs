@@ -1,7 +1,7 @@
 //! The work of `targets`: images are decoded ahead of the GPU and maps written behind it, each on a thread of its own.
 
 use std::collections::BTreeMap;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, IsTerminal};
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Instant;
@@ -295,13 +295,17 @@ impl Tally {
             0 => String::new(),
             failures => format!(", {failures} failed"),
         };
-        format!(
-            "{:.2}/s, {}:{:02}:{:02} left{failures}",
-            self.rate(),
-            left / 3600,
-            left / 60 % 60,
-            left % 60
-        )
+        // A bar shows the time left itself.
+        let left = match std::io::stderr().is_terminal() {
+            true => String::new(),
+            false => format!(
+                ", {}:{:02}:{:02} left",
+                left / 3600,
+                left / 60 % 60,
+                left % 60
+            ),
+        };
+        format!("{:.2}/s{left}{failures}", self.rate())
     }
 
     /// The summary, on standard output.
