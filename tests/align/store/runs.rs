@@ -185,6 +185,9 @@ fn failures_are_tried_again_and_leave_the_list_when_they_succeed() {
     }
 }
 
+/// A name, and what is done to a store's files.
+type Damage<'a> = (&'a str, &'a dyn Fn(&Path));
+
 #[test]
 fn damaged_shards_are_found_reported_and_made_again_to_the_same_bytes() {
     let samples = samples(140);
@@ -192,7 +195,7 @@ fn damaged_shards_are_found_reported_and_made_again_to_the_same_bytes() {
     let whole = tempfile::tempdir().unwrap();
     run(whole.path(), Layout::Shards, &samples, 16, &bad, usize::MAX);
     let (first, last) = ("maps-0of1-00000", "maps-0of1-00002");
-    let spoil: [(&str, &dyn Fn(&Path)); 6] = [
+    let spoil: [Damage; 6] = [
         ("cut", &|dir| {
             let shard = dir.join(format!("{first}.safetensors"));
             let bytes = std::fs::read(&shard).unwrap();
