@@ -1,8 +1,9 @@
 //! Times Stable Diffusion v1.4's size on the adapter at hand, on the files that `tests/reference/full_size.py OUTDIR`
-//! writes: `LAVENDER_FULL_SIZE=OUTDIR cargo bench --bench teacher -- [--side 32] [--steps 3] [--f16] [--null-text]`.
+//! writes: `LAVENDER_FULL_SIZE=OUTDIR cargo bench --bench teacher -- [--side 32] [--steps 3] [--f16]
+//! [--null-text]`.
 //!
 //! Prints one U-Net forward with and without capture, `ddim` over N steps against N forwards and the encoders, and the
-//! peak of our allocator. With `LAVENDER_PYTHON` set to a Python that has diffusers, also the ratio to it on this
+//! peak of our allocator; with `--null-text`, one update of that instead. With `LAVENDER_PYTHON` set to a Python that has diffusers, also the ratio to it on this
 //! machine's CPU (all cores, or `LAVENDER_THREADS`).
 
 use std::path::{Path, PathBuf};
@@ -128,6 +129,9 @@ fn main() {
         "encoders {encoders:.2} s, peak {:.0} MiB",
         mib(peak_encoders)
     );
+    if flag("--null-text") {
+        return null_text(&model, &latents, &text);
+    }
     gpu.reset_peak();
     let forward = seconds(&gpu, 2, || {
         model.predict_noise(&latents, 261, &text, None);
@@ -155,26 +159,6 @@ fn main() {
         whole / (steps as f64 * forward + encoders),
         mib(gpu.memory().peak_bytes)
     );
-    if flag("--null-text") {
-        let (_, pivots) = model
-            .invert(&latents, &text, 1, None, |_| Ok(()))
-            .expect("the inversion runs");
-        gpu.reset_peak();
-        let options = NullTextOptions {
-            updates: 1,
-            ..NullTextOptions::default()
-        };
-        let time = seconds(&gpu, 1, || {
-            model
-                .null_text(&pivots, &text, &options, None, |_| Ok(()))
-                .expect("it runs");
-        });
-        println!(
-            "null-text, one timestep of one update {time:.2} s: {:.2} forwards, peak {:.0} MiB",
-            time / forward,
-            mib(gpu.memory().peak_bytes)
-        );
-    }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = std::env::var("LAVENDER_THREADS").ok();
     let threads = threads.and_then(|v| v.parse().ok()).unwrap_or(cores);
@@ -186,4 +170,30 @@ fn main() {
             vae / encoders
         );
     }
+}
+
+/// One timestep of null-text inversion with one update: of its five U-Net passes one is a backward, and that one holds
+/// the most.
+fn null_text(model: &StableDiffusion, latents: &Tensor, text: &Tensor) {
+    let gpu = model.gpu();
+    let mut pivots = Vec::new();
+    let forward = seconds(gpu, 1, || {
+        let inverted = model.invert(latents, text, 1, None, |_| Ok(()));
+        pivots = inverted.expect("the inversion runs").1;
+    });
+    gpu.reset_peak();
+    let options = NullTextOptions {
+        updates: 1,
+        ..NullTextOptions::default()
+    };
+    let time = seconds(gpu, 1, || {
+        model
+            .null_text(&pivots, text, &options, None, |_| Ok(()))
+            .expect("it runs");
+    });
+    println!(
+        "U-Net forward {forward:.2} s; null-text, one timestep of one update {time:.2} s ({:.2} forwards), peak {:.0} MiB",
+        time / forward,
+        mib(gpu.memory().peak_bytes)
+    );
 }

@@ -1,17 +1,18 @@
 //! How much GPU memory a run will take, from shapes alone, before anything is loaded.
 
 use std::fmt;
+use std::path::Path;
 
 use super::checkpoint::{TeacherFiles, TeacherOptions};
-use super::pipeline::Trajectory;
+use super::pipeline::{StableDiffusion, Trajectory};
 use super::unet::UnetConfig;
 use crate::gpu::{Gpu, size_class};
 use crate::tensor::{Checkpoint, DType};
 use crate::{Error, Result};
 
-/// Activations of the VAE that are alive at once where it is widest: a ResNet's input, its normalised copy, the
-/// convolution's result, and a padded f32 copy that drivers on the CPU make.
-const VAE_ALIVE: u64 = 5;
+/// Activations of the VAE that are alive at once where it is widest, measured at full size: a ResNet's input, its
+/// normalised copies, the convolution's result, and a padded f32 copy that drivers on the CPU make.
+const VAE_ALIVE: u64 = 7;
 /// Smallest tile of the VAE, in latents: below it, tiles are mostly overlap.
 const SMALLEST_TILE: usize = 16;
 
@@ -135,6 +136,26 @@ impl Plan {
     }
 }
 
+impl StableDiffusion {
+    /// Loads `path` for a run of at most `batch` samples at once, with the plan that fits the GPU's memory.
+    ///
+    /// # Errors
+    /// As [`TeacherFiles::open`], [`Plan::new`] and [`TeacherFiles::load`], in this order.
+    pub fn load_planned(
+        gpu: &Gpu,
+        path: impl AsRef<Path>,
+        options: &TeacherOptions,
+        trajectory: Trajectory,
+        batch: usize,
+    ) -> Result<(Self, Plan)> {
+        let files = TeacherFiles::open(path, options)?;
+        let plan = Plan::new(gpu, &files, options, trajectory, batch)?;
+        let mut model = files.load(gpu, options)?;
+        model.vae.tile = plan.tile;
+        Ok((model, plan))
+    }
+}
+
 /// Which setting would make a run of one sample fit.
 fn advice(
     files: &TeacherFiles,
@@ -233,8 +254,9 @@ fn unet_elements(config: &UnetConfig) -> (usize, usize) {
             skips += pixels(i + 1) * channels;
         }
         let attention = config.down_attention[i] || config.up_attention[last - i];
-        // A gated MLP holds its input, both halves of its projection apart and together, and their product.
-        let alive = if attention { 28 } else { 12 };
+        // A gated MLP holds its input, both halves of its projection apart and together, and their product: some 30
+        // times the feature map. The rest is what drivers on the CPU copy, measured at full size.
+        let alive = if attention { 48 } else { 20 };
         widest = widest.max(alive * pixels(i) * channels);
     }
     (skips + widest, 4 * skips + 3 * widest)

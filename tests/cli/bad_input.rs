@@ -146,7 +146,7 @@ fn adapters_that_are_not_there_or_too_small_are_refused() {
     );
     refused_cleanly(
         dir.path(),
-        &with(["--memory-limit", "0"]),
+        &with(["--max-memory", "0"]),
         &["out of GPU memory", "smaller"],
     );
 }
