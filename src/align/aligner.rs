@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::nn::{Conv2d, LoadOptions, Loader, Parameters};
 use crate::ops::unary::Unary;
-use crate::tensor::Checkpoint;
+use crate::tensor::{Checkpoint, Tensor};
 
 /// What an aligner is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,19 +25,29 @@ pub struct AlignerShape {
     pub activation: AlignerActivation,
 }
 
-/// [Conv3×3 without bias → norm → activation] × 3 (`light`: × 2), the last back to the input's
-/// channels, then Conv1×1 with bias to one channel.
+/// [Conv3×3 without bias → norm → activation] × 3 (`light`: × 2; `deep`: × 5, the middle two without norm), the last
+/// back to the input's channels, then Conv1×1 with bias to one channel. `mlp`: Conv1×1 with bias in place of the
+/// blocks' convolution and norm, twice.
 ///
-/// Tensors: `conv1.weight` … `convN.weight`, `out.weight`, `out.bias`.
+/// Tensors: `conv1.weight` … `convN.weight` (`mlp`: and `.bias`), `out.weight`, `out.bias`.
 pub struct Aligner {
     shape: AlignerShape,
-    blocks: Vec<Conv2d>,
+    blocks: Vec<Block>,
     out: Option<Conv2d>,
     parameters: Parameters,
 }
 
-/// Epsilon of the instance norm.
+/// A convolution, and whether a norm follows.
+struct Block {
+    conv: Conv2d,
+    norm: bool,
+}
+
+/// Epsilon of the norms.
 const NORM_EPS: f32 = 1e-5;
+
+/// Most groups of the group norm.
+const MOST_GROUPS: usize = 8;
 
 impl Aligner {
     /// An aligner with new weights.
@@ -77,17 +87,25 @@ impl Aligner {
         let widths = match shape.kind {
             AlignerKind::Conv => vec![(c, h), (h, h), (h, c)],
             AlignerKind::Light => vec![(c, h), (h, c)],
+            AlignerKind::Deep => vec![(c, h), (h, h), (h, h), (h, h), (h, c)],
+            AlignerKind::Mlp => vec![(c, h), (h, h)],
             AlignerKind::None => Vec::new(),
         };
-        let block = |(i, (inputs, outputs)): (usize, (usize, usize))| {
-            let name = format!("conv{}", i + 1);
-            Conv2d::load(&loader.sub(name), [inputs, outputs, 3], 1, [1; 4], false)
+        let mlp = shape.kind == AlignerKind::Mlp;
+        let blocks = widths.len();
+        let block = |(i, (inputs, outputs)): (usize, (usize, usize))| -> Result<Block> {
+            let (side, padding) = if mlp { (1, 0) } else { (3, 1) };
+            let place = loader.sub(format!("conv{}", i + 1));
+            Ok(Block {
+                conv: Conv2d::load(&place, [inputs, outputs, side], 1, [padding; 4], mlp)?,
+                norm: !mlp && (i < 2 || i + 1 == blocks),
+            })
         };
         let out = match shape.kind {
             AlignerKind::None => None,
-            _ => Some(Conv2d::load(
+            kind => Some(Conv2d::load(
                 &loader.sub("out"),
-                [c, 1, 1],
+                [if kind == AlignerKind::Mlp { h } else { c }, 1, 1],
                 1,
                 [0; 4],
                 true,
@@ -108,10 +126,10 @@ impl Aligner {
     /// Word maps [n, R, R, channels] → [n, R, R, 1].
     pub fn forward(&self, maps: &Var) -> Var {
         let mut x = maps.clone();
-        for conv in &self.blocks {
-            x = conv.forward(&x);
-            if self.shape.norm == AlignerNorm::Instance {
-                x = x.instance_norm(NORM_EPS);
+        for block in &self.blocks {
+            x = block.conv.forward(&x);
+            if block.norm {
+                x = normed(&x, self.shape.norm);
             }
             x = x.unary(match self.shape.activation {
                 AlignerActivation::Relu6 => Unary::Relu6,
@@ -124,8 +142,43 @@ impl Aligner {
         }
     }
 
+    /// Whether it leaves maps as they are.
+    pub fn is_none(&self) -> bool {
+        self.shape.kind == AlignerKind::None
+    }
+
     /// Its trainable tensors.
     pub fn parameters(&self) -> &Parameters {
         &self.parameters
+    }
+}
+
+/// The norm of `x` [n, R, R, channels].
+fn normed(x: &Var, norm: AlignerNorm) -> Var {
+    let [n, height, width, channels] = *x.shape() else {
+        panic!("word maps have four dimensions: {x:?}")
+    };
+    match norm {
+        AlignerNorm::Instance => x.instance_norm(NORM_EPS),
+        // One instance that holds the whole batch.
+        AlignerNorm::Batch => x
+            .reshape(&[1, n * height, width, channels])
+            .instance_norm(NORM_EPS)
+            .reshape(x.shape()),
+        AlignerNorm::Group => {
+            let groups = (1..=MOST_GROUPS.min(channels)).rev();
+            let groups = groups.into_iter().find(|g| channels.is_multiple_of(*g));
+            let constant = |value: f32| {
+                let values = vec![value; channels];
+                Var::constant(Tensor::from_f32(x.value().gpu(), &values, &[channels]))
+            };
+            x.group_norm(
+                groups.unwrap_or(1),
+                &constant(1.0),
+                &constant(0.0),
+                NORM_EPS,
+            )
+        }
+        AlignerNorm::None => x.clone(),
     }
 }

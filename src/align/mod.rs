@@ -1,6 +1,7 @@
 //! The method: words and spans, target store, word maps, aggregation, aligner, loss.
 
 pub mod aligner;
+pub mod filter;
 pub mod loss;
 pub mod maps;
 pub mod options;

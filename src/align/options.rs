@@ -12,6 +12,9 @@ pub enum WordSource {
     /// Words of the answer's text with all their sub-word tokens; the row of token t is t − 1.
     #[default]
     Labels,
+    /// The student's own first choices: row t is filed under the token that the model predicts there, decoded alone;
+    /// only words of one token are found. Costs a forward more.
+    Predicted,
 }
 
 /// How maps of layers and heads become one: `attention.aggregate`.
@@ -29,6 +32,8 @@ pub enum Aggregate {
     MaxMax,
     /// Mean over heads and layers; one channel.
     MeanMean,
+    /// Attention flow: the product over layers, per head; see [`Flow`].
+    Flow,
 }
 
 impl FromStr for Aggregate {
@@ -41,12 +46,77 @@ impl FromStr for Aggregate {
             "max-layer" => Self::MaxLayer,
             "max-max" => Self::MaxMax,
             "mean-mean" => Self::MeanMean,
+            "flow" => Self::Flow,
             _ => {
                 return Err(format!(
-                    "found `{text}`, expected learned, mean-layer, max-layer, max-max or mean-mean"
+                    "found `{text}`, expected learned, mean-layer, max-layer, max-max, mean-mean or flow"
                 ));
             }
         })
+    }
+}
+
+/// What is done over layers after the aligner has seen each: `attention.over_layers` of `learned`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OverLayers {
+    /// Their mean.
+    #[default]
+    Mean,
+    /// Their maximum.
+    Max,
+}
+
+/// `[flow]`: how `attention.aggregate = "flow"` joins layers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Flow {
+    /// The sum over layers instead of the product; default false.
+    pub sum: bool,
+    /// Heads weighted by the mean over patches of the maximum over the sample's words, then their mean, before
+    /// layers are joined; leaves one channel. Default false.
+    pub head_weights: bool,
+    /// Maps weighted by the word's place in its text, (j + 1) / W. Default false.
+    pub token_weight: bool,
+}
+
+/// How maps [words, R, R, heads] of several layers become one map a word.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Aggregation {
+    /// `attention.aggregate`.
+    pub rule: Aggregate,
+    /// `attention.over_layers`.
+    pub over_layers: OverLayers,
+    /// `[flow]`.
+    pub flow: Flow,
+}
+
+impl From<Aggregate> for Aggregation {
+    fn from(rule: Aggregate) -> Self {
+        Self {
+            rule,
+            ..Self::default()
+        }
+    }
+}
+
+impl Aggregation {
+    /// Channels that it leaves for the aligner, of a model with `heads` heads.
+    pub fn channels(&self, heads: usize) -> usize {
+        match self.rule {
+            Aggregate::Learned | Aggregate::MeanLayer | Aggregate::MaxLayer => heads,
+            Aggregate::Flow if self.flow.head_weights => 1,
+            Aggregate::Flow => heads,
+            Aggregate::MaxMax | Aggregate::MeanMean => 1,
+        }
+    }
+
+    /// Whether it gives one map a word without an aligner.
+    pub fn stands_alone(&self) -> bool {
+        matches!(
+            self.rule,
+            Aggregate::MaxMax | Aggregate::MeanMean | Aggregate::Flow
+        )
     }
 }
 
@@ -155,10 +225,15 @@ impl<'de> Deserialize<'de> for Layers {
 pub enum AlignerKind {
     /// Three blocks of 3×3 convolution, norm and activation, then 1×1 to one channel.
     #[default]
+    #[serde(alias = "sim")]
     Conv,
     /// Two such blocks.
     Light,
-    /// None: the aggregated map itself (only where the aggregation gives one channel).
+    /// Five; only the first two and the last have a norm.
+    Deep,
+    /// Two linear layers over each pixel's channels with the activation, then 1×1 to one channel; no norm.
+    Mlp,
+    /// None: the aggregated map itself (only where the aggregation gives one map: max-max, mean-mean, flow).
     None,
 }
 
@@ -169,6 +244,10 @@ pub enum AlignerNorm {
     /// Instance norm without affine parameters.
     #[default]
     Instance,
+    /// Batch norm by the batch's own statistics, without affine parameters.
+    Batch,
+    /// Group norm without affine parameters, in as many groups as divide the channels, at most 8.
+    Group,
     /// None.
     None,
 }
@@ -193,4 +272,51 @@ pub enum LambdaSchedule {
     Constant,
     /// λ·exp(−decay·step/total).
     Exponential,
+    /// λ / (1 + decay·step/total).
+    Inverse,
+}
+
+/// The distance between the student's maps and the targets: `loss.kind`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LossKind {
+    /// Mean squared error.
+    #[default]
+    Mse,
+    /// Kullback-Leibler divergence of the student's map from the target, both divided by their sums.
+    Kl,
+    /// 1 − cosine similarity.
+    Cosine,
+}
+
+/// What stands in for the targets: `control.targets`. A gain that shuffled targets also give is none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ControlTargets {
+    /// The targets themselves.
+    #[default]
+    Own,
+    /// For each word another word's map, of another sample, the same in every epoch.
+    Shuffled,
+    /// 0.5 everywhere.
+    Uniform,
+}
+
+/// Which of the matched words count: `words.filter`, by part of speech.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WordFilter {
+    /// All.
+    #[default]
+    All,
+    /// Nouns and proper nouns.
+    Nouns,
+    /// Adjectives.
+    Adjectives,
+    /// Nouns, adjectives and verbs.
+    #[serde(rename = "nouns+adjectives+verbs")]
+    NounsAdjectivesVerbs,
+    /// Heads of noun phrases: what a sentence speaks of, as subject or object.
+    #[serde(rename = "subjects+objects")]
+    SubjectsObjects,
 }

@@ -7,6 +7,7 @@ use image::RgbImage;
 
 use super::targets::Mode;
 use super::{Context, student};
+use crate::align::filter::WordRules;
 use crate::align::loss::aggregated;
 use crate::align::maps::{SampleWords, min_max_host, word_maps};
 use crate::align::options::Layers;
@@ -109,7 +110,7 @@ fn from_student(args: &Args, context: &Context) -> Result<()> {
     )];
     let pictures = [image];
     let prepared = model.prepare_with(&pictures, &turns, Tail::Answer(&args.text))?;
-    let found = answer_words(&prepared, Case::Lower);
+    let found = answer_words(&prepared, &WordRules::default());
     let words = SampleWords::new(&found);
     if words.is_empty() {
         return Err(Error::Input(format!(
@@ -133,7 +134,11 @@ fn from_student(args: &Args, context: &Context) -> Result<()> {
             .filter_map(|tap| word_maps(gpu, tap, &samples))
             .collect())
     })?;
-    let raw = no_grad(|| aggregated(&maps, aggregate, &aligner).value().to_f32())?;
+    let raw = no_grad(|| {
+        aggregated(&maps, &[words.words.len()], &aggregate.into(), &aligner)
+            .value()
+            .to_f32()
+    })?;
     let side = MAP_SIDE * MAP_SIDE;
     let result = WordMaps {
         words: words

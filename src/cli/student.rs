@@ -7,8 +7,7 @@ use tempfile::TempDir;
 
 use super::Context;
 use crate::align::aligner::{Aligner, AlignerShape};
-use crate::align::loss::channels;
-use crate::align::options::{Aggregate, AlignerActivation, AlignerKind, AlignerNorm};
+use crate::align::options::{Aggregate, Aggregation, AlignerActivation, AlignerKind, AlignerNorm};
 use crate::error::{Error, Result};
 use crate::nn::{LoadOptions, load_lora, lora_config};
 use crate::train::config::{Config, EMBEDDED, Precision};
@@ -81,7 +80,8 @@ pub(super) fn aligner(
         norm: AlignerNorm::Instance,
         activation: AlignerActivation::Relu6,
     };
-    if channels(aggregate, heads) == 1 {
+    let aggregation = Aggregation::from(aggregate);
+    if aggregation.stands_alone() {
         return Aligner::new(gpu, plain, 0);
     }
     let file = lora.map(|dir| dir.join("aligner.safetensors"));
@@ -99,7 +99,7 @@ pub(super) fn aligner(
     let config = Config::load(run.join("config.toml"), &[])?;
     let shape = AlignerShape {
         kind: config.aligner.kind,
-        channels: channels(aggregate, heads),
+        channels: aggregation.channels(heads),
         hidden: config.aligner.hidden,
         norm: config.aligner.norm,
         activation: config.aligner.activation,

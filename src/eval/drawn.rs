@@ -3,10 +3,10 @@
 use serde::Serialize;
 
 use super::attention::entropy;
+use crate::align::filter::WordRules;
 use crate::align::loss::mean_mean;
 use crate::align::maps::{SampleWords, min_max_host, word_maps};
 use crate::align::store::SIDE;
-use crate::align::words::Case;
 use crate::autograd::{Var, no_grad};
 use crate::data::drawn::CAPTION_PROMPT;
 use crate::data::scenes::{Mask, Scene};
@@ -104,7 +104,7 @@ fn caption(student: &Student, scene: &Scene, regions: &[(String, Mask)]) -> Resu
         Message::text("assistant", &scene.caption),
     ];
     let prepared = student.prepare(&scene.image, &turns)?;
-    let words: Vec<_> = answer_words(&prepared, Case::Lower)
+    let words: Vec<_> = answer_words(&prepared, &WordRules::default())
         .into_iter()
         .filter(|word| regions.iter().any(|(text, _)| *text == word.text))
         .collect();
@@ -112,6 +112,7 @@ fn caption(student: &Student, scene: &Scene, regions: &[(String, Mask)]) -> Resu
         id: String::new(),
         words: SampleWords::new(&words),
         targets: Vec::new(),
+        known: None,
         prepared,
     })
 }
@@ -126,6 +127,7 @@ fn question(student: &Student, scene: &Scene, (ask, answer): &(String, String)) 
         prepared: student.prepare(&scene.image, &turns)?,
         words: SampleWords::new(&[]),
         targets: Vec::new(),
+        known: None,
     })
 }
 

@@ -2,9 +2,11 @@
 
 use std::collections::BTreeMap;
 
+use crate::align::filter::WordRules;
 use crate::align::maps::SampleWords;
-use crate::align::store::{SIDE, TargetStore};
-use crate::align::words::{Case, WordTokens, word_tokens, words};
+use crate::align::options::WordSource;
+use crate::align::store::{SIDE, TargetStore, Targets};
+use crate::align::words::{WordTokens, word_tokens};
 use crate::autograd::Var;
 use crate::data::{Part, Sample, Turn};
 use crate::error::{Error, Result};
@@ -25,14 +27,16 @@ pub struct Example {
     pub words: SampleWords,
     /// [words, R·R]: their target maps.
     pub targets: Vec<f32>,
+    /// All targets of the sample, where its words are only known once the model has spoken.
+    pub known: Option<Targets>,
 }
 
 /// The words of a sample's answers with their tokens, each word once.
-pub fn answer_words(prepared: &Prepared, case: Case) -> Vec<WordTokens> {
+pub fn answer_words(prepared: &Prepared, rules: &WordRules) -> Vec<WordTokens> {
     let mut merged: BTreeMap<String, usize> = BTreeMap::new();
     let mut result: Vec<WordTokens> = Vec::new();
     for answer in &prepared.answers {
-        for word in word_tokens(&words(&answer.text, case), &answer.spans) {
+        for word in word_tokens(&rules.words(&answer.text), &answer.spans) {
             match merged.get(&word.text) {
                 Some(&at) => result[at].occurrences.extend(word.occurrences),
                 None => {
@@ -67,7 +71,7 @@ impl Example {
         sample: &Sample,
         processor: &Processor,
         store: Option<&TargetStore>,
-        case: Case,
+        rules: &WordRules,
     ) -> Result<Example> {
         let named = |error: Error| Error::Input(format!("sample `{}`: {error}", sample.id));
         let picture = sample.image.open().map_err(named)?;
@@ -87,8 +91,8 @@ impl Example {
             None => None,
         };
         let (mut matched, mut targets) = (Vec::new(), Vec::new());
-        if let Some(found) = found {
-            for word in answer_words(&prepared, case) {
+        if let (Some(found), WordSource::Labels) = (&found, rules.source) {
+            for word in answer_words(&prepared, rules) {
                 // A map without any attention says nothing; a word's first token has no predicting row.
                 let map = found
                     .map_of(&word.text)
@@ -105,6 +109,7 @@ impl Example {
             prepared,
             words: SampleWords::new(&matched),
             targets,
+            known: found.filter(|_| rules.source == WordSource::Predicted),
         })
     }
 }

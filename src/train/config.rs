@@ -8,8 +8,10 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::objective::Weights;
+use crate::align::filter::WordRules;
 use crate::align::options::{
-    Aggregate, AlignerActivation, AlignerKind, AlignerNorm, LambdaSchedule, Layers, WordSource,
+    Aggregate, Aggregation, AlignerActivation, AlignerKind, AlignerNorm, ControlTargets, Flow,
+    LambdaSchedule, Layers, LossKind, OverLayers, WordFilter, WordSource,
 };
 use crate::align::words::Case;
 use crate::data::DataSet;
@@ -37,6 +39,8 @@ pub struct Config {
     pub words: Words,
     /// Which attention is aligned.
     pub attention: Attention,
+    /// How `attention.aggregate = "flow"` joins layers.
+    pub flow: Flow,
     /// The network between the model's maps and the targets.
     pub aligner: Aligner,
     /// The two losses.
@@ -47,6 +51,8 @@ pub struct Config {
     pub optimizer: Optimizer,
     /// The length and the manner of training.
     pub train: Train,
+    /// Runs to compare with, in which something of the method is taken away.
+    pub control: Control,
     /// Weights to start from.
     pub init: Init,
     /// Where results go.
@@ -129,6 +135,10 @@ pub struct Words {
     pub source: WordSource,
     /// How they are compared; default `lower`.
     pub case: Case,
+    /// Which parts of speech count (English); default `all`.
+    pub filter: WordFilter,
+    /// Whether English stop-words are left out; default false.
+    pub drop_stop_words: bool,
 }
 
 /// `[attention]`
@@ -139,6 +149,8 @@ pub struct Attention {
     pub aggregate: Aggregate,
     /// Which layers; default `all`.
     pub layers: Layers,
+    /// What `learned` does over layers after the aligner; default `mean`.
+    pub over_layers: OverLayers,
 }
 
 /// `[aligner]`
@@ -163,10 +175,16 @@ pub struct Loss {
     pub lambda: f64,
     /// How λ changes; default `constant`.
     pub schedule: LambdaSchedule,
-    /// f of the exponential schedule; default 1.
+    /// f of the exponential and the inverse schedule; default 1.
     pub decay: f64,
+    /// Distance between maps and targets, `mse`, `kl` or `cosine`; default `mse`.
+    pub kind: LossKind,
     /// First steps that train on attention alone (the language loss is scaled by 1e-7); default 0.
     pub aligner_warmup_steps: u64,
+    /// Whether the student stands still in these steps and the aligner alone learns; default false.
+    pub warmup_frozen: bool,
+    /// Whether the language loss then rises with a straight line to the last step; default false.
+    pub lm_ramp: bool,
 }
 
 /// `[lora]`
@@ -249,6 +267,16 @@ impl Precision {
     }
 }
 
+/// `[control]`
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Control {
+    /// What stands in for the targets, `own`, `shuffled` or `uniform`; default `own`.
+    pub targets: ControlTargets,
+    /// Whether the aligner alone is trained; default false.
+    pub aligner_only: bool,
+}
+
 /// `[init]`
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -283,8 +311,14 @@ pub const KEYS: &[&str] = &[
     "data.mixture",
     "words.source",
     "words.case",
+    "words.filter",
+    "words.drop_stop_words",
     "attention.aggregate",
     "attention.layers",
+    "attention.over_layers",
+    "flow.sum",
+    "flow.head_weights",
+    "flow.token_weight",
     "aligner.kind",
     "aligner.hidden",
     "aligner.norm",
@@ -292,7 +326,10 @@ pub const KEYS: &[&str] = &[
     "loss.lambda",
     "loss.schedule",
     "loss.decay",
+    "loss.kind",
     "loss.aligner_warmup_steps",
+    "loss.warmup_frozen",
+    "loss.lm_ramp",
     "lora.r",
     "lora.alpha",
     "lora.dropout",
@@ -310,6 +347,8 @@ pub const KEYS: &[&str] = &[
     "train.seed",
     "train.precision",
     "train.checkpoint_every",
+    "control.targets",
+    "control.aligner_only",
     "init.lora",
     "init.aligner",
     "run.dir",
@@ -407,7 +446,10 @@ impl Default for Loss {
             lambda: 10.0,
             schedule: LambdaSchedule::default(),
             decay: 1.0,
+            kind: LossKind::default(),
             aligner_warmup_steps: 0,
+            warmup_frozen: false,
+            lm_ramp: false,
         }
     }
 }
@@ -467,20 +509,47 @@ impl Config {
 
     /// λ at `step` of `total`, by `loss.schedule`.
     pub fn lambda(&self, step: u64, total: u64) -> f64 {
+        let done = step as f64 / total.max(1) as f64;
         match self.loss.schedule {
             LambdaSchedule::Constant => self.loss.lambda,
-            LambdaSchedule::Exponential => {
-                self.loss.lambda * (-self.loss.decay * step as f64 / total.max(1) as f64).exp()
-            }
+            LambdaSchedule::Exponential => self.loss.lambda * (-self.loss.decay * done).exp(),
+            LambdaSchedule::Inverse => self.loss.lambda / (1.0 + self.loss.decay * done),
         }
     }
 
     /// The factors of the two losses at `step` of `total`.
     pub fn weights(&self, step: u64, total: u64) -> Weights {
-        let warming = step < self.loss.aligner_warmup_steps;
+        let first = self.loss.aligner_warmup_steps;
+        let warming = step < first;
+        let language = match (warming, self.loss.lm_ramp) {
+            (true, _) => WARMUP_FACTOR,
+            (false, true) => (step - first) as f32 / total.saturating_sub(first).max(1) as f32,
+            (false, false) => 1.0,
+        };
         Weights {
             attention: self.lambda(step, total) as f32,
-            language: if warming { WARMUP_FACTOR } else { 1.0 },
+            language,
+            frozen: self.control.aligner_only || warming && self.loss.warmup_frozen,
+        }
+    }
+
+    /// How maps of layers and heads become one.
+    pub fn aggregation(&self) -> Aggregation {
+        Aggregation {
+            rule: self.attention.aggregate,
+            over_layers: self.attention.over_layers,
+            flow: self.flow,
+        }
+    }
+
+    /// How words are found and matched.
+    pub fn word_rules(&self) -> WordRules {
+        WordRules {
+            source: self.words.source,
+            case: self.words.case,
+            filter: self.words.filter,
+            drop_stop_words: self.words.drop_stop_words,
+            control: self.control.targets,
         }
     }
 
@@ -533,14 +602,16 @@ impl Config {
             }
         }
         at_least_one("train.epochs", self.train.epochs.unwrap_or(1))?;
-        let channels = !matches!(
-            self.attention.aggregate,
-            Aggregate::MaxMax | Aggregate::MeanMean
-        );
-        if self.aligner.kind == AlignerKind::None && channels {
+        if self.aligner.kind == AlignerKind::None && !self.aggregation().stands_alone() {
             return Err((
                 "aligner.kind",
-                "found `none`, expected an aligner: only max-max and mean-mean give one map without it".into(),
+                "found `none`, expected an aligner: only max-max, mean-mean and flow give one map without it".into(),
+            ));
+        }
+        if self.control.aligner_only && self.loss.lambda == 0.0 {
+            return Err((
+                "control.aligner_only",
+                "found true beside `loss.lambda` 0: nothing would be trained".into(),
             ));
         }
         Ok(())

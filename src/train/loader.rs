@@ -2,10 +2,13 @@
 
 use std::sync::Arc;
 
+use sha2::{Digest, Sha256};
+
 use super::batch::Example;
 use super::config::{Config, WithoutTargets};
-use crate::align::store::TargetStore;
-use crate::align::words::Case;
+use crate::align::filter::WordRules;
+use crate::align::options::ControlTargets;
+use crate::align::store::{SIDE, TargetStore};
 use crate::data::DataSet;
 use crate::data::prefetch::Prefetch;
 use crate::error::{Error, Result};
@@ -21,7 +24,7 @@ pub struct Loader {
     /// A store for each share of the data set.
     stores: Vec<Option<TargetStore>>,
     processor: Arc<Processor>,
-    case: Case,
+    rules: WordRules,
     seed: u64,
     shuffle: bool,
     batch: usize,
@@ -41,7 +44,7 @@ impl Loader {
             data,
             stores: stores.collect::<Result<_>>()?,
             processor,
-            case: config.words.case,
+            rules: config.word_rules(),
             seed: config.train.seed,
             shuffle: config.data.shuffle,
             batch: config.train.batch,
@@ -133,14 +136,56 @@ impl Loader {
     /// The first bad sample's; see [`Example::prepare`].
     pub fn examples(&self, order: &[usize]) -> Result<Vec<Example>> {
         let prepare = |&i: &usize| {
-            Example::prepare(
+            let mut example = Example::prepare(
                 &self.data.samples[i],
                 &self.processor,
                 self.store(i),
-                self.case,
-            )
+                &self.rules,
+            )?;
+            match self.rules.control {
+                ControlTargets::Own => {}
+                ControlTargets::Uniform => example.targets.fill(0.5),
+                ControlTargets::Shuffled => self.shuffle(i, &mut example)?,
+            }
+            Ok(example)
         };
         order.iter().map(prepare).collect()
+    }
+
+    /// Gives each word of sample `index` the map of a word of another sample, chosen by the seed and the word, so that
+    /// it is the same in every epoch.
+    fn shuffle(&self, index: usize, example: &mut Example) -> Result<()> {
+        let Some(store) = self.store(index) else {
+            return Ok(());
+        };
+        let count = self.data.samples.len();
+        let maps = example.targets.chunks_exact_mut(SIDE * SIDE);
+        for (word, map) in example.words.words.iter().zip(maps) {
+            let digest = Sha256::new()
+                .chain_update(self.seed.to_le_bytes())
+                .chain_update(example.id.as_bytes())
+                .chain_update([0])
+                .chain_update(word.as_bytes())
+                .finalize();
+            let number = |from: usize| {
+                let bytes = std::array::from_fn(|i| digest[from + i]);
+                u64::from_le_bytes(bytes) as usize
+            };
+            // The first sample from there on that has targets; alone in the store, a sample keeps its own.
+            for step in 0..count {
+                let other = (number(0) % count + step) % count;
+                let sample = &self.data.samples[other];
+                if other == index {
+                    continue;
+                }
+                let found = store.find(&sample.id, Some(&sample.image.file_name()))?;
+                if let Some(found) = found.filter(|f| !f.words.is_empty()) {
+                    map.copy_from_slice(found.map(number(8) % found.words.len()));
+                    break;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The examples of `steps`, made ahead on `workers` threads (by default one for each core but one, at most eight).

@@ -3,7 +3,7 @@
 use super::batch::{Batch, Example};
 use super::config::Config;
 use crate::align::aligner::{Aligner, AlignerShape};
-use crate::align::loss::{aligned, attention_loss, channels};
+use crate::align::loss::{aligned, attention_loss};
 use crate::align::maps::{SampleWords, word_maps};
 use crate::autograd::{Var, no_grad};
 use crate::error::{Error, Result};
@@ -38,6 +38,8 @@ pub struct Weights {
     pub attention: f32,
     /// Of the language loss: 1 but for warm-up and ramp.
     pub language: f32,
+    /// Whether the student stands still and the aligner alone learns.
+    pub frozen: bool,
 }
 
 /// A sample's words with the student's aligned maps and the targets, both [words, R·R].
@@ -58,7 +60,7 @@ impl Objective {
     pub fn new(gpu: &Gpu, config: &Config, student: Student) -> Result<Objective> {
         let shape = AlignerShape {
             kind: config.aligner.kind,
-            channels: channels(config.attention.aggregate, student.heads()),
+            channels: config.aggregation().channels(student.heads()),
             hidden: config.aligner.hidden,
             norm: config.aligner.norm,
             activation: config.aligner.activation,
@@ -96,15 +98,20 @@ impl Objective {
         let logits = self.student.logits(&hidden.gather_rows(&batch.label_rows));
         let lm = logits.cross_entropy(&batch.labels, batch.label_count);
         let attention = batch.targets.as_ref().map(|targets| {
-            let loss =
-                |taps: &[Var]| attention_loss(&self.maps_of(gpu, taps, examples, batch), targets);
+            let loss = |taps: &[Var]| {
+                let maps = self.maps_of(gpu, taps, examples, batch);
+                attention_loss(&maps, targets, self.config.loss.kind)
+            };
+            let detached = || output.taps.iter().map(Var::detach).collect::<Vec<_>>();
             // Logged at λ = 0 too, off the tape.
-            match weights.attention == 0.0 {
-                true => no_grad(|| loss(&output.taps.iter().map(Var::detach).collect::<Vec<_>>())),
-                false => loss(&output.taps),
+            match (weights.attention == 0.0, weights.frozen) {
+                (true, _) => no_grad(|| loss(&detached())),
+                (false, true) => loss(&detached()),
+                (false, false) => loss(&output.taps),
             }
         });
         let weighted = match weights.language == 1.0 {
+            _ if weights.frozen => lm.detach().scale(weights.language),
             true => lm.clone(),
             false => lm.scale(weights.language),
         };
@@ -161,6 +168,7 @@ impl Objective {
             .iter()
             .filter_map(|tap| word_maps(gpu, tap, &samples))
             .collect();
-        aligned(&maps, self.config.attention.aggregate, &self.aligner)
+        let words: Vec<usize> = examples.iter().map(|e| e.words.words.len()).collect();
+        aligned(&maps, &words, &self.config.aggregation(), &self.aligner)
     }
 }

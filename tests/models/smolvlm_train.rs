@@ -6,7 +6,9 @@ use std::collections::HashMap;
 use lavender_wgpu::align::aligner::{Aligner, AlignerShape};
 use lavender_wgpu::align::loss::{aligned, attention_loss};
 use lavender_wgpu::align::maps::{SampleWords, word_maps};
-use lavender_wgpu::align::options::{Aggregate, AlignerActivation, AlignerKind, AlignerNorm};
+use lavender_wgpu::align::options::{
+    Aggregate, AlignerActivation, AlignerKind, AlignerNorm, LossKind,
+};
 use lavender_wgpu::align::words::{Case, word_tokens, words};
 use lavender_wgpu::autograd::Var;
 use lavender_wgpu::nn::{LoadOptions, LoraConfig, Parameter, load_lora};
@@ -132,13 +134,17 @@ fn losses(student: &Student, aligner: &Aligner, batch: &[&Example]) -> (Var, Var
         .iter()
         .map(|probs| word_maps(gpu(), probs, &samples).expect("words"))
         .collect();
-    let maps = aligned(&maps, Aggregate::Learned, aligner);
+    let words: Vec<usize> = batch.iter().map(|e| e.words.words.len()).collect();
+    let maps = aligned(&maps, &words, &Aggregate::Learned.into(), aligner);
     let targets: Vec<f32> = batch
         .iter()
         .flat_map(|e| e.targets.iter().copied())
         .collect();
     let targets = Tensor::from_f32(gpu(), &targets, maps.shape());
-    (lm, attention_loss(&maps, &Var::constant(targets)))
+    (
+        lm,
+        attention_loss(&maps, &Var::constant(targets), LossKind::Mse),
+    )
 }
 
 /// Gradients of the whole loss of the first two samples, by parameter, and its value.

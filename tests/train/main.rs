@@ -9,4 +9,5 @@ mod events;
 mod metrics;
 mod pretrain;
 mod rundir;
+mod strategies;
 mod ten_steps;

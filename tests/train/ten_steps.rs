@@ -28,7 +28,7 @@ impl Observer for Until {
 }
 
 /// The fixture's target maps as a store.
-fn store(fixture: &Path, into: &Path) {
+pub fn store(fixture: &Path, into: &Path) {
     let options = TargetOptions {
         teacher_hash: "none".into(),
         mode: "ddim".into(),
@@ -72,7 +72,7 @@ fn store(fixture: &Path, into: &Path) {
     writer.finish().unwrap();
 }
 
-fn config(family: &str, fixture: &Path, dir: &Path) -> Config {
+pub fn config(family: &str, fixture: &Path, dir: &Path) -> Config {
     let recipe: Value = losses(fixture)["recipe"].clone();
     let number = |key: &str, otherwise: f64| recipe[key].as_f64().unwrap_or(otherwise);
     let mut config = Config::default();
@@ -101,7 +101,7 @@ fn losses(fixture: &Path) -> Value {
     serde_json::from_str(&std::fs::read_to_string(fixture.join("losses.json")).unwrap()).unwrap()
 }
 
-fn run(config: &Config) -> RunDir {
+pub fn run(config: &Config) -> RunDir {
     let run = RunDir::create(config).unwrap();
     let mut training = Training::new(gpu(), config).unwrap();
     training.run(gpu(), &run, &mut Until(None, 0)).unwrap();
@@ -109,7 +109,7 @@ fn run(config: &Config) -> RunDir {
 }
 
 /// Largest difference over the largest expected value.
-fn relative(actual: &[f32], expected: &[f32]) -> f32 {
+pub fn relative(actual: &[f32], expected: &[f32]) -> f32 {
     let most = expected.iter().fold(1e-6f32, |m, v| m.max(v.abs()));
     let error = actual
         .iter()
