@@ -34,10 +34,10 @@ pub fn reconstructions(
     steps: usize,
 ) -> Result<Vec<Reconstruction>> {
     let seen = model.resized(image);
-    let run = &made.recorded.run;
-    let chunk = made.recorded.first_chunk[sample];
-    let text = repeat_samples(&made.recorded.text, &[chunk]);
-    let inverted = repeat_samples(&run.latents, &[chunk]);
+    let recorded = &made.recorded;
+    let chunk = recorded.first_chunk[sample];
+    let text = repeat_samples(&recorded.text, &[chunk]);
+    let inverted = repeat_samples(&recorded.latents, &[chunk]);
     let guidance = NullTextOptions::default().guidance;
     let mut latents = vec![
         ("VAE", repeat_samples(&made.latents, &[sample])),
@@ -46,8 +46,8 @@ pub fn reconstructions(
             model.sample_back(&inverted, &text, steps, guidance)?,
         ),
     ];
-    if let Some(null_text) = &run.null_text {
-        latents.push(("null-text", repeat_samples(&null_text.latents, &[chunk])));
+    if let Some(reconstructed) = &recorded.reconstructed {
+        latents.push(("null-text", repeat_samples(reconstructed, &[chunk])));
     }
     let mut found = Vec::with_capacity(latents.len());
     for (name, latents) in latents {

@@ -83,12 +83,6 @@ pub struct Made {
 }
 
 impl TargetMaker<'_> {
-    /// Items that one batch of this model holds well: two of Stable Diffusion v1's, more of a smaller model's.
-    pub fn batch_size(&self) -> usize {
-        let side = self.model.latent_side();
-        (2 * 64 * 64 / (side * side)).clamp(1, 32)
-    }
-
     /// The word maps of a batch. Each item's are those it would have alone.
     ///
     /// # Errors

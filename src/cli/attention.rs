@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use image::RgbImage;
 
-use super::targets::Mode;
+use super::targets::{Mode, PREVIEW_OF_NOISED};
 use super::{Context, student};
 use crate::align::filter::WordRules;
 use crate::align::loss::aggregated;
@@ -191,18 +191,15 @@ fn parsed<T: std::str::FromStr<Err = String>>(option: &str, text: &str) -> Resul
 fn from_diffusion(args: &Args, context: &Context) -> Result<()> {
     let trajectory = args.mode.trajectory(args.steps)?;
     if args.preview.is_some() && matches!(trajectory, Trajectory::Noised { .. }) {
-        return Err(Error::Config(
-            "--preview: nothing to show, `--mode noised` follows no path back to the image; \
-             use `--mode ddim` or `--mode null-text`"
-                .into(),
-        ));
+        return Err(Error::Config(PREVIEW_OF_NOISED.into()));
     }
     let image = ImageRef::Path(args.image.clone()).open()?;
     let gpu = context.gpu()?;
     let options = TeacherOptions {
         activations: context.activations(Precision::default())?,
     };
-    let model = StableDiffusion::load(gpu, &args.model, &options)?;
+    let (model, plan) = StableDiffusion::load_planned(gpu, &args.model, &options, trajectory)?;
+    context.say(&plan);
     let maker = TargetMaker {
         model: &model,
         trajectory,
@@ -213,7 +210,9 @@ fn from_diffusion(args: &Args, context: &Context) -> Result<()> {
         case: Case::Lower,
         seed: context.seed(0),
     };
-    let mut progress = context.progress("attention", trajectory.progress());
+    let chunks = model.tokenizer.chunks(&args.text)?;
+    let total = model.progress(&[chunks], trajectory);
+    let mut progress = context.progress("attention", total);
     let item = Item {
         id: "--text",
         image: &image,
@@ -227,11 +226,11 @@ fn from_diffusion(args: &Args, context: &Context) -> Result<()> {
         let found = preview::reconstructions(&model, &image, &made, 0, trajectory.steps())?;
         save_png(file, &preview::picture(&model, &image, &found))?;
     }
-    let run = &made.recorded.run;
+    let recorded = &made.recorded;
     let mut tensors = word_tensors(&made.maps[0]);
     tensors.push(("latents".into(), channels_first(&made.latents)?));
-    tensors.push(("text".into(), host(&made.recorded.text)?));
-    tensors.push(("eps0".into(), channels_first(&run.first_noise)?));
+    tensors.push(("text".into(), host(&recorded.text)?));
+    tensors.push(("eps0".into(), channels_first(&recorded.first_noise)?));
     let mut metadata = word_metadata(&made.maps[0])?;
     metadata.insert("mode".into(), trajectory.mode().into());
     metadata.insert("steps".into(), trajectory.steps().to_string());

@@ -6,17 +6,19 @@ use std::str::FromStr;
 use clap::ValueEnum;
 
 use super::Context;
-use crate::Result;
+use crate::align::picture::{file_stem, save_png};
+use crate::align::preview;
 use crate::align::store::{
     Layout, MapType, Planned, Provenance, TargetOptions, TargetStore, TargetWriter, belongs,
     hash_of_files,
 };
-use crate::align::targets::TargetMaker;
+use crate::align::targets::{Item, Made, TargetMaker};
 use crate::align::words::Case;
 use crate::data::{DataSet, Sample};
 use crate::diffusion::{MapLayers, StableDiffusion, TeacherOptions, Trajectory};
 use crate::gpu::Tier;
 use crate::train::config::Precision;
+use crate::{Error, Result};
 
 mod report;
 mod work;
@@ -31,11 +33,11 @@ mod work;
     A run that was stopped, however it was stopped, goes on where it was and ends with the same files. Samples with \
     targets are skipped; those that cannot have any are listed in failures-*.jsonl and tried again by the next run.")]
 pub struct Args {
-    /// Diffusion model in diffusers layout (Stable Diffusion v1)
+    /// Diffusion model: a directory in diffusers layout or a single safetensors file (Stable Diffusion v1)
     #[arg(long, value_name = "DIR")]
     pub diffusion: PathBuf,
-    /// Data set: LLaVA/ShareGPT JSON, or JSONL with `messages`
-    #[arg(long, value_name = "FILE")]
+    /// Data set: LLaVA/ShareGPT JSON, JSONL with `messages`, parquet, WebDataset tar, Karpathy JSON, or a folder
+    #[arg(long, value_name = "PATH")]
     pub data: PathBuf,
     /// Folder that image paths are relative to [default: the data set's]
     #[arg(long, value_name = "DIR")]
@@ -49,6 +51,9 @@ pub struct Args {
     /// Steps of the trajectory [default: 50 for ddim, 5 for noised]
     #[arg(long, value_name = "N")]
     pub steps: Option<usize>,
+    /// Cross-attention layers that make the maps: 16+32, 16 or daam
+    #[arg(long, value_name = "NAME", default_value = MapLayers::default().name())]
+    pub layers: String,
     /// Only part I of N (I from 0), for several machines
     #[arg(long, value_name = "I/N", default_value = "0/1")]
     pub shard: Shard,
@@ -64,6 +69,10 @@ pub struct Args {
     /// Samples made together; a run that goes on takes the same for the same bytes [default: by the model's size]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub batch: Option<u16>,
+    /// Also write what the first N samples' trajectories know of them into OUT/preview: the image, its VAE round trip,
+    /// its DDIM and its null-text reconstruction side by side, with their signal-to-noise ratios
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "4")]
+    pub preview: Option<usize>,
     /// Also write a page to look at: maps over images, their entropy, failures [default: OUT/report.html]
     #[arg(long, value_name = "FILE", num_args = 0..=1)]
     pub report: Option<Option<PathBuf>>,
@@ -79,11 +88,13 @@ impl Args {
             out,
             mode: Mode::Ddim,
             steps: None,
+            layers: MapLayers::default().name().to_owned(),
             shard: Shard { part: 0, parts: 1 },
             layout: StoreLayout::Shards,
             maps: StoredMaps::F16,
             case: WordCase::Lower,
             batch: None,
+            preview: None,
             report: None,
         }
     }
@@ -107,13 +118,19 @@ impl Args {
 /// made, a full disk, what the GPU reports. What was finished before stays, and the next run goes on from there.
 pub fn run(args: &Args, context: &Context) -> Result<()> {
     let trajectory = args.mode.trajectory(args.steps)?;
-    let layers = MapLayers::default();
+    let layers = MapLayers::parse(&args.layers)?;
+    let previews = Previews::new(args, trajectory)?;
     let data = DataSet::load(&args.data, args.images.as_deref())?;
     let gpu = context.gpu()?;
     let options = TeacherOptions {
         activations: context.activations(Precision::default())?,
     };
-    let model = StableDiffusion::load(gpu, &args.diffusion, &options)?;
+    let (mut model, plan) =
+        StableDiffusion::load_planned(gpu, &args.diffusion, &options, trajectory)?;
+    context.say(&plan);
+    model.batch = args
+        .batch
+        .map_or(model.batch, |batch| model.batch.min(batch.into()));
     let maker = TargetMaker {
         model: &model,
         trajectory,
@@ -144,16 +161,14 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
         .filter(|sample| belongs(&sample.id, part))
         .collect();
     let planned = mine.iter().map(|sample| planned(sample)).collect();
-    let batch = args
-        .batch
-        .map_or_else(|| maker.batch_size(), |batch| batch.into());
+    let batch = args.batch.map_or(model.batch, |batch| batch.into());
     for damage in writer.damaged() {
         context.say(format_args!("made again: {damage}"));
     }
     let batches = writer
         .plan(planned, batch)
         .map_err(|e| work::explained(e, 0))?;
-    let tally = work::run(&maker, &mine, batches, &mut writer, context)?;
+    let tally = work::run(&maker, &mine, batches, &mut writer, previews, context)?;
     drop(writer);
     tally.print(args, context)?;
     if let Some(file) = &args.report {
@@ -164,6 +179,42 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
     }
     tally.check()
 }
+
+/// The previews that are still to be written.
+struct Previews {
+    left: usize,
+    dir: PathBuf,
+}
+
+impl Previews {
+    /// Errors: previews of a trajectory that does not lead back to the image.
+    fn new(args: &Args, trajectory: Trajectory) -> Result<Self> {
+        let left = args.preview.unwrap_or(0);
+        if left > 0 && matches!(trajectory, Trajectory::Noised { .. }) {
+            return Err(Error::Config(PREVIEW_OF_NOISED.into()));
+        }
+        Ok(Self {
+            left,
+            dir: args.out.join("preview"),
+        })
+    }
+
+    /// Writes those of a batch that are wanted.
+    fn write(&mut self, maker: &TargetMaker, items: &[Item], made: &Made) -> Result<()> {
+        for (place, item) in items.iter().enumerate().take(self.left) {
+            let steps = maker.trajectory.steps();
+            let found = preview::reconstructions(maker.model, item.image, made, place, steps)?;
+            let file = self.dir.join(format!("{}.png", file_stem(item.id)));
+            save_png(file, &preview::picture(maker.model, item.image, &found))?;
+        }
+        self.left = self.left.saturating_sub(items.len());
+        Ok(())
+    }
+}
+
+/// Why `--preview` and `--mode noised` do not go together.
+pub(super) const PREVIEW_OF_NOISED: &str = "--preview: nothing to show, `--mode noised` follows no path back to the \
+    image; use `--mode ddim` or `--mode null-text`";
 
 fn planned(sample: &Sample) -> Planned {
     Planned {

@@ -176,6 +176,7 @@ impl TeacherFiles {
             vae: Vae::load(&configs.vae, &loader(&parts.vae))?,
             unet: Unet::load(&configs.unet, &loader(&parts.unet))?,
             schedule: NoiseSchedule::new(&self.scheduler),
+            batch: configs.unet.batch(),
             path: self.path,
             tokenizer: self.tokenizer,
             files: self.files,

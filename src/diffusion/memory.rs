@@ -137,7 +137,7 @@ impl Plan {
 }
 
 impl StableDiffusion {
-    /// Loads `path` for a run of at most `batch` samples at once, with the plan that fits the GPU's memory.
+    /// Loads `path` with the plan that fits the GPU's memory: of as many texts at once as the model holds well, or fewer.
     ///
     /// # Errors
     /// As [`TeacherFiles::open`], [`Plan::new`] and [`TeacherFiles::load`], in this order.
@@ -146,12 +146,13 @@ impl StableDiffusion {
         path: impl AsRef<Path>,
         options: &TeacherOptions,
         trajectory: Trajectory,
-        batch: usize,
     ) -> Result<(Self, Plan)> {
         let files = TeacherFiles::open(path, options)?;
+        let batch = files.configs.unet.batch();
         let plan = Plan::new(gpu, &files, options, trajectory, batch)?;
         let mut model = files.load(gpu, options)?;
         model.vae.tile = plan.tile;
+        model.batch = plan.batch;
         Ok((model, plan))
     }
 }

@@ -14,6 +14,7 @@ use super::vae::Vae;
 use crate::autograd::{Var, no_grad};
 use crate::gpu::Gpu;
 use crate::ops::cast::cast;
+use crate::ops::concat::concat;
 use crate::ops::gather_rows::gather_rows;
 use crate::ops::unary::{Unary, unary};
 use crate::tensor::{DType, Tensor};
@@ -116,12 +117,16 @@ pub struct TrajectoryRun {
 pub struct Recorded {
     /// One a sample.
     pub tokens: Vec<TokenMaps>,
-    /// Text states of every chunk, `[chunks, context, width]`.
-    pub text: Tensor,
-    /// The trajectory of every chunk.
-    pub run: TrajectoryRun,
     /// Each sample's first place among the chunks.
     pub first_chunk: Vec<usize>,
+    /// Text states of every chunk, `[chunks, context, width]`.
+    pub text: Tensor,
+    /// The first noise prediction of every chunk, f32 `[chunks, height, width, channels]`.
+    pub first_noise: Tensor,
+    /// The latents at the end of every chunk's trajectory: inverted, or at the last noise level.
+    pub latents: Tensor,
+    /// What null-text inversion came back to, of [`Trajectory::NullText`].
+    pub reconstructed: Option<Tensor>,
 }
 
 /// Tokenizer, text encoder, VAE, U-Net and noise schedule of one checkpoint.
@@ -138,6 +143,8 @@ pub struct StableDiffusion {
     pub unet: Unet,
     /// ᾱ over timesteps.
     pub schedule: NoiseSchedule,
+    /// Most texts that run through the U-Net at once.
+    pub batch: usize,
     pub(super) files: Vec<PathBuf>,
     pub(super) gpu: Gpu,
     pub(super) activations: DType,
@@ -293,7 +300,8 @@ impl StableDiffusion {
 
     /// Token maps of each text on its image: `latents` `[samples, …]` and one list of chunks a sample.
     ///
-    /// All chunks of all samples run as one batch. Errors as [`StableDiffusion::run`].
+    /// The chunks of all samples run in passes of at most [`StableDiffusion::batch`], so that long texts take time and
+    /// not memory. Errors as [`StableDiffusion::run`].
     pub fn token_maps(
         &self,
         latents: &Tensor,
@@ -301,36 +309,60 @@ impl StableDiffusion {
         trajectory: Trajectory,
         layers: MapLayers,
         seeds: &[u64],
-        on_step: impl FnMut(usize) -> Result<()>,
+        mut on_step: impl FnMut(usize) -> Result<()>,
     ) -> Result<Recorded> {
-        let chunks: Vec<&TextChunk> = texts.iter().flatten().collect();
-        let text = self.encode_text(&chunks);
-        let owner: Vec<usize> = texts
+        let chunks: Vec<(usize, &TextChunk)> = texts
             .iter()
             .enumerate()
-            .flat_map(|(sample, chunks)| vec![sample; chunks.len()])
+            .flat_map(|(sample, chunks)| chunks.iter().map(move |chunk| (sample, chunk)))
             .collect();
-        let repeated = repeat_samples(latents, &owner);
-        let seeds: Vec<u64> = owner.iter().map(|&sample| seeds[sample]).collect();
-        let run = self.run(&repeated, &text, trajectory, layers, &seeds, on_step)?;
-        let maps = run.capture.aggregate()?.to_f32()?;
-        let each = maps.len() / chunks.len();
         let mut tokens = vec![TokenMaps::default(); texts.len()];
-        for ((chunk, maps), sample) in chunks.iter().zip(maps.chunks(each)).zip(owner) {
-            tokens[sample].push(&chunk.offsets, maps);
+        let (mut states, mut runs) = (Vec::new(), Vec::new());
+        for pass in chunks.chunks(self.batch) {
+            let text = self.encode_text(&pass.iter().map(|(_, chunk)| *chunk).collect::<Vec<_>>());
+            let owner: Vec<usize> = pass.iter().map(|(sample, _)| *sample).collect();
+            let own_seeds: Vec<u64> = owner.iter().map(|&sample| seeds[sample]).collect();
+            let repeated = repeat_samples(latents, &owner);
+            let run = self.run(
+                &repeated,
+                &text,
+                trajectory,
+                layers,
+                &own_seeds,
+                &mut on_step,
+            )?;
+            let maps = run.capture.aggregate()?.to_f32()?;
+            for ((sample, chunk), maps) in pass.iter().zip(maps.chunks(maps.len() / pass.len())) {
+                tokens[*sample].push(&chunk.offsets, maps);
+            }
+            states.push(text);
+            runs.push(run);
         }
+        let joined = |each: &dyn Fn(&TrajectoryRun) -> Option<Tensor>| -> Option<Tensor> {
+            let parts: Vec<Tensor> = runs.iter().map(each).collect::<Option<_>>()?;
+            Some(concat(&parts.iter().collect::<Vec<_>>(), 0))
+        };
         let first_chunk = texts
             .iter()
             .scan(0, |next, chunks| {
                 Some(std::mem::replace(next, *next + chunks.len()))
             })
             .collect();
+        let missing = || Error::Input("no text to map".into());
         Ok(Recorded {
             tokens,
-            text,
-            run,
             first_chunk,
+            text: concat(&states.iter().collect::<Vec<_>>(), 0),
+            first_noise: joined(&|run| Some(run.first_noise.clone())).ok_or_else(missing)?,
+            latents: joined(&|run| Some(run.latents.clone())).ok_or_else(missing)?,
+            reconstructed: joined(&|run| Some(run.null_text.as_ref()?.latents.clone())),
         })
+    }
+
+    /// How often [`StableDiffusion::token_maps`] tells its progress on these texts.
+    pub fn progress(&self, texts: &[Vec<TextChunk>], trajectory: Trajectory) -> usize {
+        let chunks: usize = texts.iter().map(Vec::len).sum();
+        chunks.div_ceil(self.batch) * trajectory.progress()
     }
 
     /// The GPU that it was loaded to.

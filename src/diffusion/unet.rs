@@ -157,6 +157,11 @@ impl UnetConfig {
         Ok(config)
     }
 
+    /// Samples at once that use a GPU well: two of Stable Diffusion v1's, more of a smaller model's.
+    pub fn batch(&self) -> usize {
+        (2 * 64 * 64 / (self.sample_size * self.sample_size)).clamp(1, 32)
+    }
+
     fn transformer(&self, level: usize) -> TransformerShape {
         TransformerShape {
             channels: self.block_out_channels[level],

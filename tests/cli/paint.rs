@@ -118,3 +118,55 @@ fn attention_draws_a_sheet_and_a_preview() {
     );
     with(&["--layers", "all"], &["16+32", "daam"]);
 }
+
+#[test]
+fn targets_take_layers_and_leave_previews() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    std::fs::copy(reference("image.png"), path("image.png")).unwrap();
+    let sample = |id: &str, text: &str| {
+        serde_json::json!({"id": id, "image": "image.png", "conversations": [
+            {"from": "human", "value": "<image>\nWhat is there?"}, {"from": "gpt", "value": text}]})
+    };
+    let samples = [
+        sample("one", "a red circle"),
+        sample("two/2", "a blue square"),
+    ];
+    std::fs::write(path("data.json"), serde_json::json!(samples).to_string()).unwrap();
+    let (model, data, out) = (
+        reference("a").display().to_string(),
+        path("data.json"),
+        path("out"),
+    );
+    let base = [
+        "targets",
+        "--diffusion",
+        &model,
+        "--data",
+        &data,
+        "--out",
+        &out,
+        "--steps",
+        "2",
+        "--preview",
+    ];
+    let mut arguments = base.to_vec();
+    arguments.extend(["1", "--mode", "null-text", "--layers", "daam"]);
+    let output = run(&arguments);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let previews: Vec<String> = std::fs::read_dir(path("out/preview"))
+        .unwrap()
+        .flatten()
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
+    assert_eq!(previews, ["one.png"]);
+    let index = std::fs::read_to_string(path("out/maps-0of1-00000.jsonl")).unwrap();
+    let line: serde_json::Value = serde_json::from_str(index.lines().next().unwrap()).unwrap();
+    assert_eq!(
+        (&line["layers"], &line["mode"]),
+        (&"daam".into(), &"null-text".into())
+    );
+    let mut arguments = base.to_vec();
+    arguments.extend(["--mode", "noised"]);
+    refused_with(&arguments, &["--preview", "noised", "ddim"]);
+}

@@ -266,3 +266,39 @@ fn null_text_in_f16_stays_close_to_f32() {
     // Half precision keeps 11 bits; some sixty layers forward and backward add up.
     assert_relative("gradient", &found, &expected.get("grad.text").0, 2e-2);
 }
+
+#[test]
+fn long_texts_run_in_passes_that_change_no_map() {
+    let mut model = load("b", DType::F32);
+    let expected = Expected::open("b");
+    let texts: Vec<_> = expected
+        .texts()
+        .iter()
+        .map(|text| model.tokenizer.chunks(text).unwrap())
+        .collect();
+    let chunks: usize = texts.iter().map(Vec::len).sum();
+    assert!(chunks > 2);
+    let latents = expected.image_tensor("latents");
+    let pair = lavender_wgpu::diffusion::pipeline::repeat_samples(&latents, &[0, 0]);
+    let mut maps = |batch: usize| {
+        model.batch = batch;
+        let (mut told, trajectory) = (0, Trajectory::Ddim { steps: 2 });
+        let layers = MapLayers::HalfAndQuarter;
+        let recorded = model
+            .token_maps(&pair, &texts, trajectory, layers, &[0, 0], |_| {
+                told += 1;
+                Ok(())
+            })
+            .unwrap();
+        assert_eq!(told, model.progress(&texts, trajectory));
+        assert_eq!(told, 2 * chunks.div_ceil(batch));
+        assert_eq!(recorded.latents.dim(0), chunks);
+        recorded.tokens
+    };
+    let (together, apart) = (maps(32), maps(2));
+    for (a, b) in together.iter().zip(&apart) {
+        assert_eq!(a.offsets, b.offsets);
+        // Another batch adds in another order.
+        assert_relative("maps", &b.maps.concat(), &a.maps.concat(), 1e-5);
+    }
+}

@@ -9,7 +9,7 @@ use std::time::Instant;
 use image::RgbImage;
 use rayon::prelude::*;
 
-use super::{Args, Context};
+use super::{Args, Context, Previews};
 use crate::align::store::failures::Cause;
 use crate::align::store::{Batch, Outcome, TargetWriter};
 use crate::align::targets::{Item, TargetMaker, WordMaps, fitted};
@@ -57,6 +57,7 @@ pub(super) fn run(
     samples: &[&Sample],
     batches: Vec<Batch>,
     writer: &mut TargetWriter,
+    previews: Previews,
     context: &Context,
 ) -> Result<Tally> {
     let planned: usize = batches.iter().map(|batch| batch.samples.len()).sum();
@@ -76,7 +77,7 @@ pub(super) fn run(
     let result = std::thread::scope(|scope| {
         scope.spawn(move || prepare_all(samples, batches, side, case, ready_in));
         let writing = scope.spawn(|| write_all(writer, done));
-        let making = make_all(maker, ready, done_in, &mut tally, context);
+        let making = make_all(maker, ready, done_in, previews, &mut tally, context);
         // Both ends of the channels are closed by now; the disk's error is the cause where both have one.
         let written = writing
             .join()
@@ -153,6 +154,7 @@ fn make_all(
     maker: &TargetMaker,
     ready: Receiver<(Batch, Vec<Prepared>)>,
     done: SyncSender<(Batch, Vec<Outcome>)>,
+    mut previews: Previews,
     tally: &mut Tally,
     context: &Context,
 ) -> Result<()> {
@@ -171,7 +173,7 @@ fn make_all(
             })
             .collect();
         // One outcome an item, in their order.
-        let made = make(maker, &items)?;
+        let made = make(maker, &items, &mut previews)?;
         if !tally.failed.contains_key(&Cause::Maps)
             && let Some(layer) = diagnosis(maker, &items, &made)?
         {
@@ -195,13 +197,18 @@ fn make_all(
 }
 
 /// What becomes of items on the GPU; where one of several spoils their batch, each is made alone.
-fn make(maker: &TargetMaker, items: &[Item]) -> Result<Vec<Outcome>> {
+fn make(maker: &TargetMaker, items: &[Item], previews: &mut Previews) -> Result<Vec<Outcome>> {
     if items.is_empty() {
         return Ok(Vec::new());
     }
     // Ctrl-C waits for the batch, which may hold minutes of work.
     let error = match maker.make(items, |_| Ok(())) {
-        Ok(made) => return Ok(made.maps.into_iter().map(outcome).collect()),
+        Ok(made) => {
+            if previews.left > 0 {
+                previews.write(maker, items, &made)?;
+            }
+            return Ok(made.maps.into_iter().map(outcome).collect());
+        }
         Err(error @ (Error::Input(_) | Error::NotFinite { .. })) => error,
         Err(error) => return Err(error),
     };
@@ -214,7 +221,7 @@ fn make(maker: &TargetMaker, items: &[Item]) -> Result<Vec<Outcome>> {
     }
     let each = items
         .iter()
-        .map(|item| make(maker, std::slice::from_ref(item)));
+        .map(|item| make(maker, std::slice::from_ref(item), previews));
     Ok(each.collect::<Result<Vec<_>>>()?.concat())
 }
 
