@@ -16,6 +16,7 @@ mod student;
 pub mod ask;
 pub mod attention;
 pub mod devices;
+pub mod eval;
 pub mod generate;
 pub mod merge;
 pub mod pretrain;
@@ -58,6 +59,8 @@ pub enum Command {
     Devices(devices::Args),
     /// Paint a picture of a text with a diffusion model
     Generate(generate::Args),
+    /// Measure a vision-language model on a benchmark, or compare evaluations
+    Eval(eval::Args),
     /// Merge a LoRA adapter into the weights of its model
     Merge(merge::Args),
     /// Train a mini model from nothing by a recipe
@@ -76,6 +79,7 @@ impl Command {
             Self::Attention(args) => attention::run(args, context),
             Self::Devices(args) => devices::run(args, context),
             Self::Generate(args) => generate::run(args, context),
+            Self::Eval(args) => eval::run(args, context),
             Self::Merge(args) => merge::run(args, context),
             Self::Pretrain(args) => pretrain::run(args, context),
             Self::Targets(args) => targets::run(args, context),

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod devices;
+mod eval;
 mod merge;
 mod paint;
 mod student;
