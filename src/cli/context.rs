@@ -74,7 +74,7 @@ impl FromStr for Bytes {
         };
         let bytes = digits.parse().ok().map(|number: f64| number * scale as f64);
         match bytes {
-            Some(bytes) if scale > 0 && bytes >= 0.0 && bytes < 1e18 => Ok(Self(bytes as u64)),
+            Some(bytes) if scale > 0 && (0.0..1e18).contains(&bytes) => Ok(Self(bytes as u64)),
             _ => Err("expected a size such as 4GiB, 4GB, 800MB or 4096 (MiB)".into()),
         }
     }

@@ -74,7 +74,7 @@ fn tiles_are_as_even_as_their_number_allows() {
     assert_eq!(even_tile(64, 30), 24);
     for most in 4..80 {
         let tile = even_tile(64, most);
-        assert!(tile % 4 == 0 && tile <= most.max(4), "{most}: {tile}");
+        assert!(tile.is_multiple_of(4) && tile <= most, "{most}: {tile}");
     }
 }
 
