@@ -608,6 +608,13 @@ impl Config {
                 "found `none`, expected an aligner: only max-max, mean-mean and flow give one map without it".into(),
             ));
         }
+        if self.words.source == WordSource::Predicted && self.control.targets != ControlTargets::Own
+        {
+            return Err((
+                "control.targets",
+                "found beside `words.source` \"predicted\", expected \"own\": controls know the words of labels alone".into(),
+            ));
+        }
         if self.control.aligner_only && self.loss.lambda == 0.0 {
             return Err((
                 "control.aligner_only",

@@ -8,6 +8,7 @@ pub mod loader;
 pub mod metrics;
 pub mod objective;
 pub mod optimizer;
+mod predicted;
 pub mod pretrain;
 pub mod recipe;
 pub mod rundir;

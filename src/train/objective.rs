@@ -5,6 +5,7 @@ use super::config::Config;
 use crate::align::aligner::{Aligner, AlignerShape};
 use crate::align::loss::{aligned, attention_loss};
 use crate::align::maps::{SampleWords, word_maps};
+use crate::align::options::WordSource;
 use crate::autograd::{Var, no_grad};
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
@@ -77,6 +78,17 @@ impl Objective {
             aligner,
             config: config.clone(),
         })
+    }
+
+    /// Finds what of the examples only the student knows: its words, with `words.source = "predicted"`.
+    ///
+    /// # Errors
+    /// A GPU fault.
+    pub fn complete(&self, gpu: &Gpu, examples: &mut [Example]) -> Result<()> {
+        match self.config.words.source {
+            WordSource::Labels => Ok(()),
+            WordSource::Predicted => self.predict_words(gpu, examples, &self.config.word_rules()),
+        }
     }
 
     /// The losses of one batch; nothing is waited for.

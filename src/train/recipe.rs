@@ -180,7 +180,9 @@ impl Training {
             let started = Instant::now();
             let Some(batch) = examples.take() else { break };
             let data_ms = started.elapsed().as_secs_f64() * 1e3;
-            let mut next = self.step(gpu, &batch?)?;
+            let mut batch = batch?;
+            self.objective.complete(gpu, &mut batch)?;
+            let mut next = self.step(gpu, &batch)?;
             next.metrics.data_ms = data_ms;
             if let Some(done) = pending.replace(next) {
                 self.report(gpu, done, &mut log, observer)?;
@@ -288,7 +290,9 @@ impl Training {
     fn not_finite(&self, gpu: &Gpu, metrics: &StepMetrics, order: &[usize]) -> Error {
         set_dropout_seed(Some(step_seed(self.config.train.seed, metrics.step)));
         let found = find_non_finite(|| {
-            if let Ok(examples) = self.loader.examples(order) {
+            if let Ok(mut examples) = self.loader.examples(order)
+                && self.objective.complete(gpu, &mut examples).is_ok()
+            {
                 let examples: Vec<&Example> = examples.iter().collect();
                 let batch = Batch::new(gpu, &examples);
                 // Only the watch matters; an error would have come up in the step itself.
@@ -349,7 +353,8 @@ impl Training {
     /// # Errors
     /// A bad sample or a GPU fault.
     pub fn maps(&self, gpu: &Gpu, index: usize) -> Result<Option<WordSheet>> {
-        let examples = self.loader.examples(&[index])?;
+        let mut examples = self.loader.examples(&[index])?;
+        self.objective.complete(gpu, &mut examples)?;
         self.objective.maps(gpu, &examples[0])
     }
 

@@ -75,6 +75,14 @@ impl Processor {
         }
     }
 
+    /// The token that stands for a picture, or for each part of it.
+    pub fn image_token(&self) -> u32 {
+        match &self.family {
+            Family::Idefics3(processor) => processor.image_token,
+            Family::Mllama { processor, .. } => processor.image_token,
+        }
+    }
+
     /// Longest sequence in tokens.
     pub fn context(&self) -> usize {
         self.context

@@ -7,6 +7,7 @@ mod checkpoint;
 mod config;
 mod events;
 mod metrics;
+mod predicted;
 mod pretrain;
 mod rundir;
 mod strategies;
