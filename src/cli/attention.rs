@@ -231,6 +231,10 @@ fn from_diffusion(args: &Args, context: &Context) -> Result<()> {
     tensors.push(("latents".into(), channels_first(&made.latents)?));
     tensors.push(("text".into(), host(&recorded.text)?));
     tensors.push(("eps0".into(), channels_first(&recorded.first_noise)?));
+    if let (Some(embeddings), Some(latents)) = (&recorded.null_text, &recorded.reconstructed) {
+        tensors.push(("null_text".into(), host(embeddings)?));
+        tensors.push(("reconstructed".into(), channels_first(latents)?));
+    }
     let mut metadata = word_metadata(&made.maps[0])?;
     metadata.insert("mode".into(), trajectory.mode().into());
     metadata.insert("steps".into(), trajectory.steps().to_string());

@@ -127,6 +127,8 @@ pub struct Recorded {
     pub latents: Tensor,
     /// What null-text inversion came back to, of [`Trajectory::NullText`].
     pub reconstructed: Option<Tensor>,
+    /// The optimised embeddings in the order of sampling, f32 `[chunks, steps, context, width]`, of the same.
+    pub null_text: Option<Tensor>,
 }
 
 /// Tokenizer, text encoder, VAE, U-Net and noise schedule of one checkpoint.
@@ -342,6 +344,12 @@ impl StableDiffusion {
             let parts: Vec<Tensor> = runs.iter().map(each).collect::<Option<_>>()?;
             Some(concat(&parts.iter().collect::<Vec<_>>(), 0))
         };
+        // [chunks, context, width] of each step → [chunks, steps, context, width].
+        let embeddings = |found: &NullText| {
+            let each = |e: &Tensor| e.reshape(&[e.dim(0), 1, e.dim(1), e.dim(2)]);
+            let each: Vec<Tensor> = found.embeddings.iter().map(each).collect();
+            concat(&each.iter().collect::<Vec<_>>(), 1)
+        };
         let first_chunk = texts
             .iter()
             .scan(0, |next, chunks| {
@@ -356,6 +364,7 @@ impl StableDiffusion {
             first_noise: joined(&|run| Some(run.first_noise.clone())).ok_or_else(missing)?,
             latents: joined(&|run| Some(run.latents.clone())).ok_or_else(missing)?,
             reconstructed: joined(&|run| Some(run.null_text.as_ref()?.latents.clone())),
+            null_text: joined(&|run| run.null_text.as_ref().map(embeddings)),
         })
     }
 

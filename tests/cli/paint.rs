@@ -107,6 +107,12 @@ fn attention_draws_a_sheet_and_a_preview() {
     let bytes = std::fs::read(&out).unwrap();
     let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
     assert_eq!(header.metadata().clone().unwrap()["mode"], "null-text");
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    assert_eq!(file.tensor("null_text").unwrap().shape(), [1, 2, 77, 32]);
+    assert_eq!(
+        file.tensor("reconstructed").unwrap().shape(),
+        [1, 4, 16, 16]
+    );
     let with = |more: &[&str], parts: &[&str]| {
         let mut arguments = base.to_vec();
         arguments.extend(more);
