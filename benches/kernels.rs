@@ -11,8 +11,8 @@ use std::time::Instant;
 use lavender_wgpu::gpu::{Gpu, GpuOptions};
 use lavender_wgpu::ops::conv2d::{Conv2dOptions, conv2d, conv2d_grad_input, conv2d_grad_weight};
 use lavender_wgpu::ops::fma_probe::fma_probe;
-use lavender_wgpu::ops::matmul::{MatmulOptions, matmul};
-use lavender_wgpu::tensor::{DType, Tensor};
+use lavender_wgpu::ops::matmul::{MatmulOptions, matmul, matmul_quantized};
+use lavender_wgpu::tensor::{DType, Quantization, QuantizedMatrix, Tensor};
 
 /// Seconds a case is repeated for, after a first run that compiles.
 const SECONDS: f64 = 1.0;
@@ -25,6 +25,8 @@ type Timed = Box<dyn Fn()>;
 struct Case {
     name: String,
     flops: f64,
+    /// Bytes of the operands and the result, each counted once.
+    bytes: f64,
     run: Setup,
     /// PyTorch statements: set-up, and the one that is timed.
     torch: [String; 2],
@@ -46,6 +48,7 @@ fn product(m: usize, n: usize, k: usize, dtype: DType, trans: [bool; 2]) -> Case
             mark(trans_b)
         ),
         flops: 2.0 * (m * n * k) as f64,
+        bytes: (4 * m * (k + n) + dtype.bytes() * n * k) as f64,
         run: Box::new(move |gpu| {
             let a = tensor(gpu, DType::F32, &if trans_a { [k, m] } else { [m, k] });
             let b = tensor(gpu, dtype, &if trans_b { [n, k] } else { [k, n] });
@@ -81,6 +84,37 @@ fn product(m: usize, n: usize, k: usize, dtype: DType, trans: [bool; 2]) -> Case
     }
 }
 
+/// A linear layer's product with its weight [outputs, inputs] quantised: x·wᵀ, or the gradient dy·w.
+fn quantized(m: usize, outputs: usize, inputs: usize, kind: Quantization, trans_b: bool) -> Case {
+    let (n, k) = match trans_b {
+        true => (outputs, inputs),
+        false => (inputs, outputs),
+    };
+    let dtype = DType::F32;
+    Case {
+        name: format!(
+            "matmul {m}x{n}x{k} a b{} {kind:?}",
+            if trans_b { "ᵀ" } else { "" }
+        ),
+        bytes: (4 * m * (k + n)) as f64 + kind.bytes(outputs, inputs) as f64,
+        run: Box::new(move |gpu| {
+            let a = tensor(gpu, dtype, &[m, k]);
+            let values: Vec<f32> = (0..n * k).map(|i| (i % 251) as f32 / 251.0 - 0.5).collect();
+            let w = QuantizedMatrix::from_f32(gpu, &values, [outputs, inputs], kind);
+            let w = w.expect("finite values");
+            Box::new(move || {
+                let options = MatmulOptions {
+                    trans_b,
+                    ..MatmulOptions::default()
+                };
+                matmul_quantized(&a, &w, &options);
+            })
+        }),
+        // PyTorch by its float weight.
+        ..product(m, n, k, dtype, [false, trans_b])
+    }
+}
+
 fn convolution(mode: &'static str, side: usize, ci: usize, co: usize, stride: usize) -> Case {
     let out = side.div_ceil(stride);
     let pass = match mode {
@@ -91,6 +125,7 @@ fn convolution(mode: &'static str, side: usize, ci: usize, co: usize, stride: us
     Case {
         name: format!("conv2d {mode} {side}x{side} {ci}→{co} 3x3 /{stride}"),
         flops: 2.0 * (out * out * ci * co * 9) as f64,
+        bytes: 4.0 * (side * side * ci + 9 * ci * co + out * out * co) as f64,
         run: Box::new(move |gpu| {
             let x = tensor(gpu, DType::F32, &[1, side, side, ci]);
             let w = tensor(gpu, DType::F32, &[3, 3, ci, co]);
@@ -134,6 +169,23 @@ fn cases() -> Vec<Case> {
     cases.push(product(1536, 576, 300, DType::F32, [true, false]));
     cases.push(product(8, 576, 300, DType::F32, [true, false]));
     cases.push(product(4096, 320, 320, DType::F32, [false, true]));
+    for (m, outputs, inputs) in [(1, 4096, 1024), (300, 1536, 576), (1100, 1536, 576)] {
+        for trans_b in [true, false] {
+            let (n, k) = match trans_b {
+                true => (outputs, inputs),
+                false => (inputs, outputs),
+            };
+            if m == 1 && !trans_b {
+                continue;
+            }
+            for dtype in [DType::F32, DType::F16] {
+                cases.push(product(m, n, k, dtype, [false, trans_b]));
+            }
+            for kind in [Quantization::Q8, Quantization::Q4] {
+                cases.push(quantized(m, outputs, inputs, kind, trans_b));
+            }
+        }
+    }
     for mode in ["forward", "input", "weight"] {
         for (side, ci, co, stride) in [
             (64, 320, 320, 1),
@@ -182,6 +234,50 @@ fn cpu_seconds() -> Option<f64> {
     Some(ticks / 100.0)
 }
 
+/// Prints what our allocator holds for the linear weights of SmolVLM-256M's size: as f32, as f16 and quantised.
+fn base_memory(gpu: &Gpu) {
+    let text = [
+        (576, 576),
+        (192, 576),
+        (192, 576),
+        (576, 576),
+        (1536, 576),
+        (1536, 576),
+        (576, 1536),
+    ];
+    let vision = [
+        (768, 768),
+        (768, 768),
+        (768, 768),
+        (768, 768),
+        (3072, 768),
+        (768, 3072),
+    ];
+    let layers = std::iter::repeat_n(&text[..], 30).chain(std::iter::repeat_n(&vision[..], 12));
+    let shapes: Vec<(usize, usize)> = layers.flatten().copied().collect();
+    let held = |hold: &dyn Fn(usize, usize) -> Box<dyn std::any::Any>| {
+        let before = gpu.memory().current_bytes;
+        let weights: Vec<_> = shapes.iter().map(|&(o, i)| hold(o, i)).collect();
+        let bytes = gpu.memory().current_bytes - before;
+        drop(weights);
+        bytes as f64 / f64::from(1 << 20)
+    };
+    let float = |dtype| held(&|o, i| Box::new(Tensor::empty(gpu, dtype, &[o, i])));
+    let quantized = |kind| {
+        held(&|o, i| {
+            let values = vec![0.5; o * i];
+            Box::new(QuantizedMatrix::from_f32(gpu, &values, [o, i], kind))
+        })
+    };
+    println!(
+        "linear weights of SmolVLM-256M: f32 {:.1} MiB, f16 {:.1}, q8 {:.1}, q4 {:.1}",
+        float(DType::F32),
+        float(DType::F16),
+        quantized(Quantization::Q8),
+        quantized(Quantization::Q4)
+    );
+}
+
 fn main() {
     let options = GpuOptions {
         adapter: std::env::var("LAVENDER_ADAPTER").ok(),
@@ -196,6 +292,7 @@ fn main() {
         .ok()
         .and_then(|v| v.parse().ok())
         .unwrap_or(cores);
+    base_memory(&gpu);
     let filters: Vec<String> = std::env::args()
         .skip(1)
         .filter(|a| !a.starts_with('-'))
@@ -228,9 +325,10 @@ fn main() {
             None => format!("{:.3} of multiply-adds alone", rate / probe),
         };
         println!(
-            "{:44} {:8.1} GFLOP/s{per_cpu}  {ratio}",
+            "{:44} {:8.1} GFLOP/s{per_cpu} {:6.1} GB/s  {ratio}",
             case.name,
-            rate / 1e9
+            rate / 1e9,
+            case.bytes / best / 1e9
         );
     }
 }

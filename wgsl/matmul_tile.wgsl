@@ -2,6 +2,9 @@
 // shared memory, PER×PER results a thread. Threads interleave (row = ty + 16 i) so that shared reads
 // are free of bank conflicts and stores to c are coalesced.
 #import activation::activation
+#ifdef QUANTIZED
+#import quantized::{quad, quad_word, scale_word}
+#endif
 
 #ifdef A_F16
 alias AElem = f16;
@@ -39,7 +42,7 @@ struct Params {
 }
 
 @group(0) @binding(0) var<storage, read> a: array<AElem>;
-#ifdef B_BF16
+#ifdef B_WORDS
 @group(0) @binding(1) var<storage, read> b: array<u32>;
 #else
 #ifdef B_F16
@@ -51,6 +54,9 @@ struct Params {
 @group(0) @binding(2) var<storage, read_write> c: array<CElem>;
 @group(0) @binding(3) var<storage, read> bias: array<f32>;
 @group(0) @binding(4) var<storage, read> residual: array<CElem>;
+#ifdef QUANTIZED
+@group(0) @binding(5) var<storage, read> scales: array<u32>;
+#endif
 var<immediate> p: Params;
 
 const PER = #{PER}u;
@@ -62,8 +68,14 @@ const ROW = TILE + 1u;
 var<workgroup> a_tile: array<f32, STEP * ROW>;
 var<workgroup> b_tile: array<f32, STEP * ROW>;
 
+#ifdef QUANTIZED
+fn load_b4(element: u32) -> vec4<f32> {
+    let i = element / 4u;
+    return quad(i, b[quad_word(i)], scales[scale_word(i)]);
+}
+#else
 fn load_b(i: u32) -> f32 {
-#ifdef B_BF16
+#ifdef B_WORDS
     // bf16 is the upper half of an f32.
     let word = b[i >> 1u];
     return bitcast<f32>(select(word << 16u, word & 0xffff0000u, (i & 1u) == 1u));
@@ -71,6 +83,7 @@ fn load_b(i: u32) -> f32 {
     return f32(b[i]);
 #endif
 }
+#endif
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
@@ -101,6 +114,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 av = f32(a[a_at]);
             }
             a_tile[ak * ROW + am] = av;
+#ifndef QUANTIZED
 #ifdef TRANS_B
             let bk = t % STEP;
             let bn = t / STEP;
@@ -115,7 +129,34 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 bv = load_b(b_at);
             }
             b_tile[bk * ROW + bn] = bv;
+#endif
         }
+#ifdef QUANTIZED
+        // Four weights at a time, dequantised on the way; stored rows are padded with zeros to whole quads.
+        for (var i = 0u; i < PER / 4u; i++) {
+            let t = local + 256u * i;
+#ifdef TRANS_B
+            let bk = t % (STEP / 4u) * 4u;
+            let bn = t / (STEP / 4u);
+            let b_at = b0 + (col0 + bn) * p.ldb + k0 + bk;
+            let step = ROW;
+#else
+            let bk = t / (TILE / 4u);
+            let bn = t % (TILE / 4u) * 4u;
+            let b_at = b0 + (k0 + bk) * p.ldb + col0 + bn;
+            let step = 1u;
+#endif
+            var bv = vec4<f32>();
+            if col0 + bn < p.n && k0 + bk < k_end {
+                bv = load_b4(b_at);
+            }
+            let to = bk * ROW + bn;
+            b_tile[to] = bv.x;
+            b_tile[to + step] = bv.y;
+            b_tile[to + 2u * step] = bv.z;
+            b_tile[to + 3u * step] = bv.w;
+        }
+#endif
         workgroupBarrier();
         for (var kk = 0u; kk < STEP; kk++) {
             var av: array<f32, PER>;

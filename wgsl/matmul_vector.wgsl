@@ -2,6 +2,9 @@
 // threads share a row of b: 1 on drivers that run on the CPU, 32 (coalesced, added through shared
 // memory) on GPUs.
 #import activation::activation
+#ifdef QUANTIZED
+#import quantized::{quad, quad_word, scale_word}
+#endif
 
 #ifdef A_F16
 alias AElem4 = vec4<f16>;
@@ -17,8 +20,9 @@ alias CElem = f32;
 struct Params {
     m: u32,
     n: u32,
-    // In vec4s.
+    // In vec4s, as all that tells of a and b.
     k: u32,
+    ldb: u32,
     a_start: u32,
     b_start: u32,
     ldc: u32,
@@ -32,6 +36,10 @@ struct Params {
 }
 
 @group(0) @binding(0) var<storage, read> a: array<AElem4>;
+#ifdef QUANTIZED
+@group(0) @binding(1) var<storage, read> b: array<u32>;
+@group(0) @binding(5) var<storage, read> scales: array<u32>;
+#else
 #ifdef B_BF16
 @group(0) @binding(1) var<storage, read> b: array<vec2<u32>>;
 #else
@@ -39,6 +47,7 @@ struct Params {
 @group(0) @binding(1) var<storage, read> b: array<vec4<f16>>;
 #else
 @group(0) @binding(1) var<storage, read> b: array<vec4<f32>>;
+#endif
 #endif
 #endif
 @group(0) @binding(2) var<storage, read_write> c: array<CElem>;
@@ -55,11 +64,15 @@ var<workgroup> partial: array<f32, ROWS * COLUMNS * LANES>;
 #endif
 
 fn load_b(i: u32) -> vec4<f32> {
+#ifdef QUANTIZED
+    return quad(i, b[quad_word(i)], scales[scale_word(i)]);
+#else
 #ifdef B_BF16
     let v = b[i];
     return bitcast<vec4<f32>>(vec4<u32>(v.x << 16u, v.x & 0xffff0000u, v.y << 16u, v.y & 0xffff0000u));
 #else
     return vec4<f32>(b[i]);
+#endif
 #endif
 }
 
@@ -88,7 +101,7 @@ fn main(
     let slot = local / LANES;
     let lane = local % LANES;
     let col = (group.y * groups.x + group.x) * COLUMNS + slot;
-    let b0 = p.b_start + min(col, p.n - 1u) * p.k;
+    let b0 = p.b_start + min(col, p.n - 1u) * p.ldb;
     var sum: array<f32, ROWS>;
     for (var k = lane; k < p.k; k += LANES) {
         let bv = load_b(b0 + k);

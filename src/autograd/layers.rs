@@ -7,7 +7,7 @@ use crate::ops::cross_entropy::{CrossEntropy, cross_entropy, cross_entropy_backw
 use crate::ops::embedding::{embedding, embedding_backward};
 use crate::ops::group_norm::{group_norm, group_norm_backward};
 use crate::ops::layer_norm::{layer_norm, layer_norm_backward};
-use crate::ops::matmul::{MatmulOptions, matmul};
+use crate::ops::matmul::{MatmulOptions, matmul, matmul_quantized};
 use crate::ops::reduce::{Reduce, reduce, reduce_as};
 use crate::ops::resize_bilinear::{resize_bilinear, resize_bilinear_backward};
 use crate::ops::rms_norm::{rms_norm, rms_norm_backward};
@@ -16,7 +16,7 @@ use crate::ops::softmax::{softmax, softmax_backward};
 use crate::ops::swiglu::{swiglu as swiglu_op, swiglu_backward};
 use crate::ops::unary::{Unary, unary};
 use crate::ops::upsample_nearest2x::{upsample_nearest2x, upsample_nearest2x_backward};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{DType, QuantizedMatrix, Tensor};
 
 /// Sum over all but the last dimension, as f32 [last].
 fn sum_rows(x: &Tensor) -> Tensor {
@@ -74,6 +74,26 @@ impl Var {
             let dw = needs[1].then(|| grad_right(&x, dy, &w, true));
             let mut grads = vec![dx, dw];
             if let Some(&needed) = needs.get(2) {
+                grads.push(needed.then(|| sum_rows(dy)));
+            }
+            grads
+        })
+    }
+
+    /// [`Var::linear`] with a quantised weight, which is frozen.
+    pub fn linear_quantized(&self, weight: &QuantizedMatrix, bias: Option<&Var>) -> Var {
+        let w = weight.clone();
+        let options = MatmulOptions {
+            trans_b: true,
+            bias: bias.map(Var::value),
+            ..Default::default()
+        };
+        let y = matmul_quantized(self.value(), &w, &options);
+        let parents: Vec<&Var> = [self].into_iter().chain(bias).collect();
+        Var::from_op("linear_quantized", y, &parents, move |dy, needs| {
+            let dx = needs[0].then(|| matmul_quantized(dy, &w, &MatmulOptions::default()));
+            let mut grads = vec![dx];
+            if let Some(&needed) = needs.get(1) {
                 grads.push(needed.then(|| sum_rows(dy)));
             }
             grads

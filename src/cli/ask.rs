@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use super::{Context, student};
 use crate::data::ImageRef;
 use crate::tensor::{HostTensor, save_safetensors};
+use crate::train::config::Quantize;
 use crate::vlm::Sampling;
 use crate::vlm::processor::labels::Tail;
 use crate::{Error, Result};
@@ -23,6 +24,9 @@ pub struct Args {
     /// Run directory or PEFT folder whose LoRA adapter is applied
     #[arg(long, value_name = "DIR")]
     pub lora: Option<PathBuf>,
+    /// Hold the model's linear weights in fewer bits [default: as the run of --lora did, else none]
+    #[arg(long, value_enum)]
+    pub quantize: Option<Quantize>,
     /// Image
     #[arg(long, value_name = "FILE")]
     pub image: PathBuf,
@@ -52,7 +56,7 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
         )));
     }
     let picture = ImageRef::Path(args.image.clone()).open()?;
-    let model = student::open(&args.model, args.lora.as_deref(), context)?;
+    let model = student::open(&args.model, args.lora.as_deref(), args.quantize, context)?;
     let turns = [student::question(&args.prompt)];
     let prompt = model.prepare_with(&[picture], &turns, Tail::GenerationPrompt)?;
     let logits = match &args.logits {

@@ -24,7 +24,7 @@ use crate::diffusion::{MapLayers, StableDiffusion, TeacherOptions, Trajectory};
 use crate::ops::permute::permute;
 use crate::tensor::{HostTensor, Tensor, save_safetensors};
 use crate::train::batch::answer_words;
-use crate::train::config::{EMBEDDED, Precision};
+use crate::train::config::{EMBEDDED, Precision, Quantize};
 use crate::vlm::Taps;
 use crate::vlm::processor::labels::Tail;
 use crate::{Error, Result};
@@ -42,6 +42,10 @@ pub struct Args {
     /// Run directory or PEFT folder whose LoRA adapter is applied (vision-language models)
     #[arg(long, value_name = "DIR")]
     pub lora: Option<PathBuf>,
+    /// Hold the model's linear weights in fewer bits (vision-language models) [default: as the run of --lora did,
+    /// else none]
+    #[arg(long, value_enum)]
+    pub quantize: Option<Quantize>,
     /// Image
     #[arg(long, value_name = "FILE")]
     pub image: PathBuf,
@@ -101,7 +105,7 @@ fn from_student(args: &Args, context: &Context) -> Result<()> {
         parsed::<Layers>("layers", args.layers.as_deref().unwrap_or("all"))?,
     );
     let image = ImageRef::Path(args.image.clone()).open()?;
-    let model = student::open(&args.model, args.lora.as_deref(), context)?;
+    let model = student::open(&args.model, args.lora.as_deref(), args.quantize, context)?;
     let aligner = student::aligner(aggregate, model.heads(), args.lora.as_deref(), context)?;
     let available: Vec<usize> = (0..model.hooked_layers()).collect();
     let layers = layers.choose(&available).map_err(Error::Input)?;

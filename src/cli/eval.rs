@@ -12,7 +12,7 @@ use crate::eval::report::{Report, groups};
 use crate::eval::run::{Options, evaluate};
 use crate::eval::{Benchmark, compare::Comparison};
 use crate::files::{read_text, write_bytes};
-use crate::train::config::EMBEDDED;
+use crate::train::config::{EMBEDDED, Quantize};
 use crate::{Error, Result};
 
 /// Unusable samples that are printed; all of them are in the JSON.
@@ -65,6 +65,9 @@ pub struct Args {
     /// Most tokens of a reply
     #[arg(long, value_name = "N", default_value_t = 32)]
     pub max_tokens: usize,
+    /// Hold the model's linear weights in fewer bits [default: as the run of --lora did, else none]
+    #[arg(long, value_enum)]
+    pub quantize: Option<Quantize>,
     /// Where predictions and figures are kept [default: nowhere]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
@@ -138,6 +141,7 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
         "limit": args.limit,
         "max_tokens": args.max_tokens,
         "instruction": args.instruction,
+        "quantize": args.quantize,
     });
     let mut predictions = match &args.out {
         Some(dir) => Predictions::open(dir, &settings)?,
@@ -147,7 +151,7 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
     let left = missing(&items, predictions.lines(), origin)?;
     let left: Vec<&Item> = left.into_iter().map(|i| &items[i]).collect();
     if !left.is_empty() {
-        let student = student::open(model, args.lora.as_deref(), context)?;
+        let student = student::open(model, args.lora.as_deref(), args.quantize, context)?;
         let mut progress = context.progress("eval", items.len());
         progress.skip(items.len() - left.len());
         let options = Options {

@@ -10,20 +10,32 @@ use crate::align::aligner::{Aligner, AlignerShape};
 use crate::align::options::{Aggregate, Aggregation, AlignerActivation, AlignerKind, AlignerNorm};
 use crate::error::{Error, Result};
 use crate::nn::{LoadOptions, load_lora, lora_config};
-use crate::train::config::{Config, EMBEDDED, Precision};
+use crate::train::config::{Config, EMBEDDED, Precision, Quantize};
 use crate::vlm::Student;
 use crate::vlm::processor::template::Message;
 
 /// The model at `dir` (`mini`: the embedded one), with the LoRA
-/// adapter of a PEFT folder or of a run directory.
+/// adapter of a PEFT folder or of a run directory. Linear weights are held as `quantize` says, else as that run
+/// held them.
 ///
 /// # Errors
 /// A model or adapter that cannot be read or does not fit.
-pub(super) fn open(dir: &Path, lora: Option<&Path>, context: &Context) -> Result<Student> {
+pub(super) fn open(
+    dir: &Path,
+    lora: Option<&Path>,
+    quantize: Option<Quantize>,
+    context: &Context,
+) -> Result<Student> {
+    let quantize = match (quantize, lora) {
+        (Some(quantize), _) => quantize,
+        (None, Some(lora)) => quantize_of(lora)?,
+        (None, None) => Quantize::None,
+    };
     let lora = lora.map(peft_folder);
     let options = LoadOptions {
         lora: lora.as_deref().map(lora_config).transpose()?,
         activations: context.activations(Precision::default())?,
+        quantize: quantize.kind(),
         ..LoadOptions::default()
     };
     let scratch = Scratch::default();
@@ -59,6 +71,18 @@ pub(super) fn peft_folder(dir: &Path) -> PathBuf {
     match dir.join("lora/adapter_config.json").is_file() {
         true => dir.join("lora"),
         false => dir.to_path_buf(),
+    }
+}
+
+/// `model.quantize` of the run that `lora` lies in, up to `checkpoints/step-N/lora`; `none` of a PEFT folder elsewhere.
+fn quantize_of(lora: &Path) -> Result<Quantize> {
+    let run = lora.ancestors().take(4).find(|dir| {
+        let files = ["config.toml", "metrics.jsonl"];
+        files.iter().all(|file| dir.join(file).is_file())
+    });
+    match run {
+        Some(run) => Ok(Config::load(run.join("config.toml"), &[])?.model.quantize),
+        None => Ok(Quantize::None),
     }
 }
 

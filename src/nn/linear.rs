@@ -4,26 +4,40 @@ use super::loader::{Init, Loader};
 use super::lora::Lora;
 use crate::autograd::{Var, enter_layer};
 use crate::error::Result;
+use crate::tensor::QuantizedMatrix;
+
+/// W [outputs, inputs].
+enum Weight {
+    Float(Var),
+    /// Frozen.
+    Quantized(QuantizedMatrix),
+}
 
 /// y = x Wᵀ + b, with LoRA factors where the loader's configuration asks for them.
 pub struct Linear {
     name: String,
-    weight: Var,
+    weight: Weight,
     bias: Option<Var>,
     lora: Option<Lora>,
 }
 
 impl Linear {
-    /// Loads `weight` [outputs, inputs] and, where asked, `bias` `[outputs]`.
+    /// Loads `weight` [outputs, inputs] and, where asked, `bias` `[outputs]`; quantised where
+    /// [`Loader::quantization`] says so.
     ///
     /// # Errors
-    /// A missing tensor or another shape.
+    /// A missing tensor or another shape; a weight that cannot be quantised.
     pub fn load(loader: &Loader, inputs: usize, outputs: usize, bias: bool) -> Result<Linear> {
         // PyTorch's default initialisation.
         let init = Init::Uniform(1.0 / (inputs as f32).sqrt());
         Ok(Linear {
             name: loader.path(""),
-            weight: loader.matrix("weight", &[outputs, inputs], init)?,
+            weight: match loader.quantization() {
+                Some(kind) => {
+                    Weight::Quantized(loader.quantized("weight", [outputs, inputs], init, kind)?)
+                }
+                None => Weight::Float(loader.matrix("weight", &[outputs, inputs], init)?),
+            },
             bias: match bias {
                 true => Some(loader.vector("bias", &[outputs], Init::Zeros)?),
                 false => None,
@@ -36,7 +50,7 @@ impl Linear {
     pub fn from_weights(weight: Var, bias: Option<Var>) -> Linear {
         Linear {
             name: "tied projection".into(),
-            weight,
+            weight: Weight::Float(weight),
             bias,
             lora: None,
         }
@@ -45,7 +59,10 @@ impl Linear {
     /// x [.., inputs] → [.., outputs].
     pub fn forward(&self, x: &Var) -> Var {
         enter_layer(&self.name);
-        let y = x.linear(&self.weight, self.bias.as_ref());
+        let y = match &self.weight {
+            Weight::Float(weight) => x.linear(weight, self.bias.as_ref()),
+            Weight::Quantized(weight) => x.linear_quantized(weight, self.bias.as_ref()),
+        };
         match &self.lora {
             Some(lora) => y.add(&lora.forward(x)),
             None => y,

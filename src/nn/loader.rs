@@ -9,11 +9,11 @@ use rand_chacha::ChaCha8Rng;
 use super::lora::LoraConfig;
 use super::parameters::{Kind, Layout, Parameter, Parameters, from_checkpoint};
 use crate::autograd::Var;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::ops::cast::cast;
 use crate::ops::permute::permute;
-use crate::tensor::{Checkpoint, DType, Tensor, elements};
+use crate::tensor::{Checkpoint, DType, Quantization, QuantizedMatrix, Tensor, elements};
 
 /// How to load a model's weights.
 #[derive(Clone, Debug)]
@@ -24,6 +24,8 @@ pub struct LoadOptions {
     pub lora: Option<LoraConfig>,
     /// Dtype of the activations: f32 or f16. With f16, frozen f32 matrices are held as f16 too.
     pub activations: DType,
+    /// Hold the weights of linear layers in 8 or 4 bits, which freezes them: see [`Loader::quantization`].
+    pub quantize: Option<Quantization>,
     /// Seed of random initialisation and dropout.
     pub seed: u64,
 }
@@ -34,6 +36,7 @@ impl Default for LoadOptions {
             trainable: false,
             lora: None,
             activations: DType::F32,
+            quantize: None,
             seed: 0,
         }
     }
@@ -183,6 +186,44 @@ impl Loader {
             value = cast(&value, DType::F16);
         }
         Ok(Var::constant(value))
+    }
+
+    /// How the linear layer at this prefix holds its weight: as the options say, but the output projection `lm_head`
+    /// as the file does, as bitsandbytes and PEFT leave it. Embeddings, also tied ones, norms, biases, convolutions
+    /// and gates are no linear layers; those of the vision tower and of the connector are.
+    pub fn quantization(&self) -> Option<Quantization> {
+        let head = self.prefix.rsplit('.').next() == Some("lm_head");
+        self.shared.options.quantize.filter(|_| !head)
+    }
+
+    /// A frozen matrix [outputs, inputs], quantised on the CPU while it is read.
+    ///
+    /// # Errors
+    /// As [`Loader::vector`]; options that would train it; weights that are not finite.
+    pub fn quantized(
+        &self,
+        name: &str,
+        shape: [usize; 2],
+        init: Init,
+        kind: Quantization,
+    ) -> Result<QuantizedMatrix> {
+        let full = self.path(name);
+        if self.shared.options.trainable {
+            return Err(Error::Config(format!(
+                "model.quantize: `{full}` would be trained, but quantised weights are frozen;                  train a LoRA adapter beside them, or set model.quantize = \"none\""
+            )));
+        }
+        let Some(checkpoint) = &self.shared.checkpoint else {
+            let values = self.random_values(elements(&shape), init);
+            let made = QuantizedMatrix::from_f32(self.gpu(), &values, shape, kind);
+            return Ok(made.expect("initial values are finite"));
+        };
+        let (bytes, dtype) = checkpoint.bytes_of(&full, &shape)?;
+        QuantizedMatrix::from_bytes(self.gpu(), bytes, dtype, shape, kind).ok_or_else(|| {
+            let message = "has values that are not finite, which have no scale; \
+                           repair the checkpoint, or set model.quantize = \"none\"";
+            Error::tensor(checkpoint.path(), &full, message)
+        })
     }
 
     /// A convolution weight, stored [out, in, height, width], held [height, width, in, out].

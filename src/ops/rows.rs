@@ -3,7 +3,7 @@
 
 use super::{dispatch_work, matmul::limit};
 use crate::gpu::Kernel;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{DType, Quantization, QuantizedMatrix, Tensor};
 
 /// Rows and columns of `c` that a workgroup of `matmul_rows` computes.
 pub(crate) const TILE: [usize; 2] = [16, 32];
@@ -143,6 +143,47 @@ pub(crate) fn panels(source: &Tensor, s: &Strided) -> Tensor {
     )
 }
 
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct UnpackParams {
+    rows: u32,
+    padded_rows: u32,
+    columns: u32,
+    start: u32,
+    ld: u32,
+    packed_panel: u32,
+}
+
+fn unpack_kernel(trans: bool, kind: Quantization) -> Kernel {
+    Kernel::new("matmul_unpack")
+        .flag("TRANS", trans)
+        .flag("Q4", kind == Quantization::Q4)
+}
+
+/// [`panels`] of one quantised matrix, dequantised.
+pub(crate) fn unpacked_panels(source: &QuantizedMatrix, s: &Strided) -> Tensor {
+    let padded = s.rows.next_multiple_of(4);
+    let count = s.columns.div_ceil(TILE[1]);
+    let packed = Tensor::empty(source.gpu(), DType::F32, &[1, count, padded, TILE[1]]);
+    let trans = s.row_stride == 1;
+    let params = UnpackParams {
+        rows: s.rows as u32,
+        padded_rows: padded as u32,
+        columns: s.columns as u32,
+        start: s.start as u32,
+        ld: s.row_stride.max(s.column_stride) as u32,
+        packed_panel: (padded * TILE[1]) as u32,
+    };
+    dispatch_work(
+        &unpack_kernel(trans, source.kind()),
+        &[source.words(), source.scales(), &packed],
+        &params,
+        [padded.div_ceil(32) as u32, count as u32, 1],
+        8 * packed.elements() as u64,
+    );
+    packed
+}
+
 /// `s` as f32 [batch, rows, columns padded to a multiple of 4], zeros past the edges; one block.
 pub(crate) fn padded_rows(source: &Tensor, s: &Strided) -> Tensor {
     let width = s.columns.next_multiple_of(4);
@@ -207,5 +248,8 @@ pub(crate) fn variants() -> Vec<Kernel> {
         kernels.extend([kernel(false, dtype), kernel(true, dtype)]);
     }
     kernels.extend([DType::F32, DType::F16, DType::Bf16].map(pack_kernel));
+    for kind in [Quantization::Q8, Quantization::Q4] {
+        kernels.extend([true, false].map(|trans| unpack_kernel(trans, kind)));
+    }
     kernels
 }

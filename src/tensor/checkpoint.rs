@@ -264,6 +264,15 @@ impl Checkpoint {
         Ok(self.values(name)?.0)
     }
 
+    /// Little-endian bytes of tensor `name`, which must have `shape`, and their dtype.
+    ///
+    /// # Errors
+    /// A missing tensor, another shape or an unusable dtype.
+    pub fn bytes_of(&self, name: &str, shape: &[usize]) -> Result<(&[u8], DType)> {
+        let entry = self.entry(name, Some(shape))?;
+        Ok((self.bytes(entry), self.dtype(name, entry)?))
+    }
+
     /// Raw values of a `u32` tensor on the host, and its shape.
     ///
     /// # Errors

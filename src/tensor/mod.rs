@@ -2,12 +2,14 @@
 
 mod checkpoint;
 mod dtype;
+mod quantized;
 mod save;
 
 use std::sync::Arc;
 
 pub use checkpoint::{Checkpoint, Stored};
 pub use dtype::DType;
+pub use quantized::{GROUP, Quantization, QuantizedMatrix};
 pub use save::{HostTensor, save_safetensors};
 
 use crate::error::Result;

@@ -20,6 +20,9 @@ use crate::tensor::DType;
 use crate::{Error, Result};
 
 mod parse;
+mod quantize;
+
+pub use quantize::Quantize;
 
 /// Stands for the embedded mini models and data in `model.path`, `data.path` and `data.diffusion`.
 pub const EMBEDDED: &str = "mini";
@@ -65,6 +68,8 @@ pub struct Config {
 pub struct Model {
     /// Directory in transformers layout; default [`EMBEDDED`].
     pub path: PathBuf,
+    /// Bits that its frozen linear weights are held in, `none`, `q8` or `q4` (QLoRA); default `none`.
+    pub quantize: Quantize,
 }
 
 /// `[data]`
@@ -301,6 +306,7 @@ pub struct Run {
 /// Every key, for messages about unknown ones.
 pub const KEYS: &[&str] = &[
     "model.path",
+    "model.quantize",
     "data.path",
     "data.images",
     "data.targets",
@@ -358,6 +364,7 @@ impl Default for Model {
     fn default() -> Self {
         Self {
             path: EMBEDDED.into(),
+            quantize: Quantize::None,
         }
     }
 }

@@ -90,6 +90,7 @@ impl Training {
             lora: Some(lora.clone()),
             activations: config.train.precision.dtype(gpu.tier())?,
             seed: config.train.seed,
+            quantize: config.model.quantize.kind(),
             ..LoadOptions::default()
         };
         let student = Student::open(&config.model.path, gpu, options)?;

@@ -312,3 +312,32 @@ fn what_cannot_be_trained_or_asked_is_refused() {
         &["nowhere"],
     );
 }
+
+#[test]
+fn a_run_tells_how_its_base_is_held() {
+    let (dir, case) = (tempfile::tempdir().unwrap(), case());
+    let root = dir.path();
+    fs::write(root.join("config.toml"), "[model]\nquantize = \"q4\"\n").unwrap();
+    fs::write(root.join("metrics.jsonl"), "").unwrap();
+    let lora = root.join("lora");
+    fs::create_dir(&lora).unwrap();
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        let from = reference(&format!("train_smolvlm/init/{file}"));
+        fs::copy(from, lora.join(file)).unwrap();
+    }
+    let logits = |lora: &Path, more: &[&str]| {
+        let file = root.join("logits.safetensors");
+        let (model, image) = (reference("smolvlm/a"), reference("mllama/images/wide.png"));
+        let question = case["question"].as_str().unwrap();
+        let mut args = vec!["ask", "--model", &model, "--image", &image, question];
+        args.extend(["--lora", lora.to_str().unwrap(), "--max-tokens", "0"]);
+        args.extend(["--logits", file.to_str().unwrap()]);
+        args.extend(more);
+        let output = run(&args);
+        assert!(output.status.success(), "{}", stderr(&output));
+        f32s(&fs::read(&file).unwrap(), "logits")
+    };
+    let found = logits(root, &[]);
+    assert_eq!(found, logits(&lora, &["--quantize", "q4"]));
+    assert!(relative(&logits(&lora, &["--quantize", "none"]), &found) > 1e-2);
+}

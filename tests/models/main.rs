@@ -11,6 +11,7 @@ mod merge;
 mod mllama;
 mod mllama_processor;
 mod null_text;
+mod quantized;
 mod resize;
 mod smolvlm;
 mod smolvlm_fixture;

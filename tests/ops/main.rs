@@ -20,6 +20,7 @@ mod group_norm;
 mod in_place;
 mod layer_norm;
 mod matmul;
+mod matmul_quantized;
 mod permute;
 mod reduce;
 mod replace_rows;

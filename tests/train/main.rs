@@ -9,6 +9,7 @@ mod events;
 mod metrics;
 mod predicted;
 mod pretrain;
+mod qlora;
 mod rundir;
 mod strategies;
 mod ten_steps;

@@ -118,7 +118,7 @@ pub fn relative(actual: &[f32], expected: &[f32]) -> f32 {
     error / most
 }
 
-fn compare_weights(actual: &Path, expected: &Path, stem: &str, tolerance: f32) {
+pub fn compare_weights(actual: &Path, expected: &Path, stem: &str, tolerance: f32) {
     let (actual, expected) = (
         Checkpoint::open(actual, stem).unwrap(),
         Checkpoint::open(expected, stem).unwrap(),

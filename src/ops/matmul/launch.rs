@@ -1,0 +1,291 @@
+//! Launches one piece of a product by the chosen kernel family.
+
+use super::right::{Right, Storage};
+use super::{Epilogue, Geometry, Operands, Variant};
+use crate::gpu::Kernel;
+use crate::ops::rows::{self, RowsParams, Strided};
+use crate::ops::{dispatch_work, grid};
+use crate::tensor::{DType, Quantization, Tensor};
+
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct Params {
+    m: u32,
+    n: u32,
+    k: u32,
+    lda: u32,
+    ldb: u32,
+    ldc: u32,
+    a_batch: u32,
+    b_batch: u32,
+    c_batch: u32,
+    a_start: u32,
+    b_start: u32,
+    c_start: u32,
+    bias_start: u32,
+    splits: u32,
+    k_part: u32,
+    epilogue: Epilogue,
+}
+
+/// Whether the CPU kernel needs `b` in panels: it reads f32 rows along n in whole vec4s.
+pub(super) fn packs_b(o: &Operands<'_>, g: &Geometry) -> bool {
+    o.variant == Variant::Rows
+        && (o.options.trans_b
+            || o.b.storage() != Storage::Float(DType::F32)
+            || ![g.ldb, g.b_start, g.b_batch]
+                .iter()
+                .all(|v| v.is_multiple_of(4))
+            || !(o.options.trans_a || g.k.is_multiple_of(4)))
+}
+
+/// Whether it needs `a` in padded f32 rows (kept in column form when transposed).
+fn packs_a(o: &Operands<'_>, g: &Geometry) -> bool {
+    o.a.dtype() != DType::F32
+        || ![g.lda, g.a_start, g.a_batch]
+            .iter()
+            .all(|v| v.is_multiple_of(4))
+        || !(o.options.trans_a || g.k.is_multiple_of(4))
+}
+
+/// The product by `matmul_rows`, operands packed where they must be.
+fn launch_rows(o: &Operands<'_>, g: &Geometry) {
+    let (ta, tb) = (o.options.trans_a, o.options.trans_b);
+    let strided = |start, batch_stride| Strided {
+        batch: if batch_stride == 0 { 1 } else { g.batch },
+        blocks: 1,
+        rows: 0,
+        columns: 0,
+        reversed: false,
+        start,
+        batch_stride,
+        block_stride: 0,
+        row_stride: 0,
+        column_stride: 1,
+    };
+    let padded_k = if ta { g.k } else { g.k.next_multiple_of(4) };
+    let (mut a, mut a_start, mut a_batch, mut lda) = (o.a.clone(), g.a_start, g.a_batch, g.lda);
+    if packs_a(o, g) {
+        let (rows, columns) = if ta { (g.k, g.m) } else { (g.m, g.k) };
+        let source = Strided {
+            rows,
+            columns,
+            row_stride: g.lda,
+            ..strided(g.a_start, g.a_batch)
+        };
+        a = rows::padded_rows(o.a, &source);
+        (a_start, lda) = (0, columns.next_multiple_of(4));
+        a_batch = if a_batch == 0 { 0 } else { rows * lda };
+    }
+    let (mut b, mut b_start, mut b_batch) = (o.b.tensor().clone(), g.b_start, g.b_batch);
+    let (mut b_row, mut b_panel) = (g.ldb, rows::TILE[1]);
+    if packs_b(o, g) {
+        let (row_stride, column_stride) = if tb { (1, g.ldb) } else { (g.ldb, 1) };
+        let source = Strided {
+            rows: g.k,
+            columns: g.n,
+            row_stride,
+            column_stride,
+            ..strided(g.b_start, g.b_batch)
+        };
+        b = match o.b {
+            Right::Float(b) => rows::panels(b, &source),
+            Right::Quantized(b) => rows::unpacked_panels(b, &source),
+        };
+        (b_start, b_row, b_panel) = (0, rows::TILE[1], g.k.next_multiple_of(4) * rows::TILE[1]);
+        b_batch = if b_batch == 0 {
+            0
+        } else {
+            b_panel * g.n.div_ceil(rows::TILE[1])
+        };
+    }
+    // Parts of k are segments; those of row form start at a vec4.
+    let segment = padded_k.div_ceil(g.splits).next_multiple_of(4).max(4);
+    let tiles = g.m.div_ceil(rows::TILE[0]);
+    let params = RowsParams {
+        m: g.m as u32,
+        n: g.n as u32,
+        k: padded_k as u32,
+        splits: g.splits as u32,
+        a_start: (a_start / 4) as u32,
+        a_batch: (a_batch / 4) as u32,
+        size_x: if ta { 1 } else { g.m as u32 },
+        size_y: g.splits as u32,
+        stride_x: (lda / 4) as u32,
+        stride_y: if ta { (segment * lda / 4) as u32 } else { 0 },
+        stride_image: 0,
+        segments: g.splits as u32,
+        segment: segment as u32,
+        segment_stride: (segment / 4) as u32,
+        run: g.m as u32,
+        run_tiles: tiles as u32,
+        run_stride: 0,
+        padded: g.m as u32,
+        channels: g.m as u32,
+        b_start: (b_start / 4) as u32,
+        b_batch: (b_batch / 4) as u32,
+        b_row: (b_row / 4) as u32,
+        b_panel: (b_panel / 4) as u32,
+        ldc: g.ldc as u32,
+        c_start: g.c_start as u32,
+        c_batch: g.c_batch as u32,
+        bias_start: g.bias_start as u32,
+        ..RowsParams::default()
+    };
+    let (bias, residual) = (o.options.bias, o.options.residual);
+    rows::product(ta, [&a, &b, o.c], bias, residual, &params, tiles, g.batch);
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct VectorParams {
+    m: u32,
+    n: u32,
+    k: u32,
+    ldb: u32,
+    a_start: u32,
+    b_start: u32,
+    ldc: u32,
+    c_start: u32,
+    bias_start: u32,
+    epilogue: Epilogue,
+}
+
+fn vector(rows: usize, lanes: u32, a: DType, b: Storage, c: DType) -> Kernel {
+    let kernel = Kernel::new("matmul_vector")
+        .def("ROWS", rows as i32)
+        .def("LANES", lanes as i32)
+        .def("THREADS", 8 * lanes as i32);
+    b.flags(kernel, a, c)
+}
+
+fn launch_vector(o: &Operands<'_>, g: &Geometry, lanes: u32, work: u64) {
+    let params = VectorParams {
+        m: g.m as u32,
+        n: g.n as u32,
+        k: (g.k / 4) as u32,
+        ldb: (g.ldb / 4) as u32,
+        a_start: (g.a_start / 4) as u32,
+        b_start: (g.b_start / 4) as u32,
+        ldc: g.ldc as u32,
+        c_start: g.c_start as u32,
+        bias_start: g.bias_start as u32,
+        epilogue: Epilogue::of(&o.options),
+    };
+    let rows = g.m.next_power_of_two();
+    dispatch_work(
+        &vector(rows, lanes, o.a.dtype(), o.b.storage(), o.c.dtype()),
+        &bound(o),
+        &params,
+        grid(g.n.div_ceil(8)),
+        work,
+    );
+}
+
+/// What the kernels bind, in order. Absent operands are bound to something of the same element type; the flags keep
+/// them unread.
+fn bound<'a>(o: &Operands<'a>) -> Vec<&'a Tensor> {
+    let mut tensors = vec![
+        o.a,
+        o.b.tensor(),
+        o.c,
+        o.options.bias.unwrap_or(o.a),
+        o.options.residual.unwrap_or(o.a),
+    ];
+    tensors.extend(o.b.scales());
+    tensors
+}
+
+fn params(o: &Operands<'_>, g: &Geometry, step: usize) -> Params {
+    let options = &o.options;
+    Params {
+        m: g.m as u32,
+        n: g.n as u32,
+        k: g.k as u32,
+        lda: g.lda as u32,
+        ldb: g.ldb as u32,
+        ldc: g.ldc as u32,
+        a_batch: g.a_batch as u32,
+        b_batch: g.b_batch as u32,
+        c_batch: g.c_batch as u32,
+        a_start: g.a_start as u32,
+        b_start: g.b_start as u32,
+        c_start: g.c_start as u32,
+        bias_start: g.bias_start as u32,
+        splits: g.splits as u32,
+        k_part: g.k.div_ceil(g.splits).next_multiple_of(step) as u32,
+        epilogue: Epilogue::of(options),
+    }
+}
+
+fn tile(per: u32, trans: [bool; 2], a: DType, b: Storage, c: DType) -> Kernel {
+    let kernel = Kernel::new("matmul_tile")
+        .def("PER", per as i32)
+        .flag("TRANS_A", trans[0])
+        .flag("TRANS_B", trans[1]);
+    b.flags(kernel, a, c)
+}
+
+/// Records the product, small enough for one dispatch.
+pub(super) fn launch(o: &Operands<'_>, g: &Geometry) {
+    // Kernels read quantised weights four at a time.
+    assert!(
+        !o.b.storage().is_quantized() || g.b_start.is_multiple_of(4),
+        "matmul: {g:?} starts within a quad"
+    );
+    let work = 2 * g.batch as u64 * (g.m * g.n) as u64 * g.k as u64;
+    let per = match o.variant {
+        Variant::Tile(per) => per,
+        Variant::Rows => return launch_rows(o, g),
+        Variant::Vector(lanes) => return launch_vector(o, g, lanes, work),
+    };
+    let side = 16 * per as usize;
+    dispatch_work(
+        &tile(
+            per,
+            [o.options.trans_a, o.options.trans_b],
+            o.a.dtype(),
+            o.b.storage(),
+            o.c.dtype(),
+        ),
+        &bound(o),
+        &params(o, g, 16),
+        [
+            g.n.div_ceil(side) as u32,
+            g.m.div_ceil(side) as u32,
+            (g.batch * g.splits) as u32,
+        ],
+        work,
+    );
+}
+
+/// All kernels of this file.
+pub(super) fn variants() -> Vec<Kernel> {
+    let float = [DType::F32, DType::F16];
+    let stored = [
+        Storage::Float(DType::F32),
+        Storage::Float(DType::F16),
+        Storage::Float(DType::Bf16),
+        Storage::Quantized(Quantization::Q8),
+        Storage::Quantized(Quantization::Q4),
+    ];
+    let mut kernels = Vec::new();
+    for b in stored {
+        for a in float {
+            for per in [4, 8] {
+                for trans in [[false, false], [false, true], [true, false], [true, true]] {
+                    // A quantised weight has no gradient, so nothing asks for the product of a transposed a.
+                    if !(trans[0] && b.is_quantized()) {
+                        kernels.push(tile(per, trans, a, b, a));
+                    }
+                }
+            }
+            for (rows, lanes) in [(1, 1), (8, 1), (1, 32), (8, 32)] {
+                kernels.push(vector(rows, lanes, a, b, a));
+            }
+        }
+    }
+    let gradient = Storage::Float(DType::F16);
+    kernels.push(tile(4, [true, false], DType::F16, gradient, DType::F32));
+    kernels
+}
