@@ -15,6 +15,7 @@ mod student;
 
 pub mod ask;
 pub mod attention;
+pub mod data;
 pub mod devices;
 pub mod eval;
 pub mod generate;
@@ -55,6 +56,8 @@ pub struct Cli {
 pub enum Command {
     /// Write the word maps of one image and text
     Attention(attention::Args),
+    /// Look at a data set before training on it
+    Data(data::Args),
     /// List the adapters of this machine, their drivers, tiers and limits
     Devices(devices::Args),
     /// Paint a picture of a text with a diffusion model
@@ -77,6 +80,7 @@ impl Command {
     fn run(&self, context: &Context) -> Result<()> {
         match self {
             Self::Attention(args) => attention::run(args, context),
+            Self::Data(args) => data::run(args, context),
             Self::Devices(args) => devices::run(args, context),
             Self::Generate(args) => generate::run(args, context),
             Self::Eval(args) => eval::run(args, context),

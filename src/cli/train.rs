@@ -129,8 +129,7 @@ fn with_files(mut config: Config, run: &RunDir, context: &Context) -> Result<Con
     let mut captions = config.data.path.clone();
     let drawn = is_drawn(&config);
     if drawn {
-        let scenes = SceneSet::new(SCENES_SEED, Split::Train, TRAIN_SCENES);
-        (captions, config.data.path) = scenes_on_disk(&run.root().join("data"), scenes, QUESTIONS)?;
+        (captions, config.data.path) = embedded_scenes(&run.root().join("data"))?;
     }
     if let Some(diffusion) = &config.data.diffusion {
         let diffusion = match diffusion == Path::new(EMBEDDED) {
@@ -158,6 +157,15 @@ fn with_files(mut config: Config, run: &RunDir, context: &Context) -> Result<Con
         }
     }
     Ok(config)
+}
+
+/// The embedded training set, drawn into `dir`: its captions, and those with questions.
+///
+/// # Errors
+/// Files that cannot be written.
+pub(super) fn embedded_scenes(dir: &Path) -> Result<(PathBuf, PathBuf)> {
+    let scenes = SceneSet::new(SCENES_SEED, Split::Train, TRAIN_SCENES);
+    scenes_on_disk(dir, scenes, QUESTIONS)
 }
 
 /// Whether the data set is the embedded one.

@@ -1,7 +1,8 @@
 //! Decoding a sample's image to 8-bit RGB.
 
+use std::borrow::Cow;
 use std::io::Cursor;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use image::{
     DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits, RgbImage,
@@ -20,13 +21,22 @@ const MAX_BYTES: u64 = 1 << 30;
 impl ImageRef {
     /// Decodes the image: see [`decode`].
     pub fn open(&self) -> Result<RgbImage> {
+        let (path, bytes) = self.encoded()?;
+        decode(&path, &bytes)
+    }
+
+    /// The encoded image, and its name for messages.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn encoded(&self) -> Result<(PathBuf, Cow<'_, [u8]>)> {
         match self {
             Self::Path(path) => {
                 let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
-                decode(path, &bytes)
+                Ok((path.clone(), bytes.into()))
             }
-            Self::Embedded { name, bytes } => decode(Path::new(name), bytes),
-            Self::Stored { name, file, at } => decode(&file.path().join(name), &file.read(*at)?),
+            Self::Embedded { name, bytes } => Ok((name.into(), bytes[..].into())),
+            Self::Stored { name, file, at } => Ok((file.path().join(name), file.read(*at)?.into())),
         }
     }
 }

@@ -49,6 +49,26 @@ pub fn answer_words(prepared: &Prepared, rules: &WordRules) -> Vec<WordTokens> {
     result
 }
 
+/// The words of a sample's answers, each with its target map if it has one.
+pub fn matched_words<'a>(
+    prepared: &Prepared,
+    found: &'a Targets,
+    rules: &WordRules,
+) -> Vec<(WordTokens, Option<&'a [f32]>)> {
+    let with_map = |word: WordTokens| {
+        // A map without any attention says nothing; a word's first token has no predicting row.
+        let predicted = word.occurrences.iter().flatten().any(|&t| t > 0);
+        let map = found
+            .map_of(&word.text)
+            .filter(|m| predicted && m.iter().any(|&v| v > 0.0));
+        (word, map)
+    };
+    answer_words(prepared, rules)
+        .into_iter()
+        .map(with_map)
+        .collect()
+}
+
 /// A data-set turn as the chat template takes it.
 pub fn message(turn: &Turn) -> Message {
     let part = |part: &Part| match part {
@@ -92,13 +112,8 @@ impl Example {
         };
         let (mut matched, mut targets) = (Vec::new(), Vec::new());
         if let (Some(found), WordSource::Labels) = (&found, rules.source) {
-            for word in answer_words(&prepared, rules) {
-                // A map without any attention says nothing; a word's first token has no predicting row.
-                let map = found
-                    .map_of(&word.text)
-                    .filter(|m| m.iter().any(|&v| v > 0.0));
-                let predicted = word.occurrences.iter().flatten().any(|&t| t > 0);
-                if let (Some(map), true) = (map, predicted) {
+            for (word, map) in matched_words(&prepared, found, rules) {
+                if let Some(map) = map {
                     targets.extend_from_slice(map);
                     matched.push(word);
                 }

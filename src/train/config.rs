@@ -76,7 +76,8 @@ pub struct Model {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Data {
-    /// Data set file; default [`EMBEDDED`].
+    /// Data set: a file, a folder or a pattern as in [`crate::data::format`], `PATH#SPLIT` for a split; default
+    /// [`EMBEDDED`].
     pub path: PathBuf,
     /// Folder that image paths are relative to; default the data set's own.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -1,6 +1,7 @@
 //! Training: configuration, run directory, checkpoints, metrics, the recipe.
 
 pub mod batch;
+pub mod check;
 pub mod checkpoint;
 pub mod config;
 pub mod events;
