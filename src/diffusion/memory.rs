@@ -260,5 +260,5 @@ fn unet_elements(config: &UnetConfig) -> (usize, usize) {
         let alive = if attention { 48 } else { 20 };
         widest = widest.max(alive * pixels(i) * channels);
     }
-    (skips + widest, 4 * skips + 3 * widest)
+    (skips + widest, 4 * (skips + widest))
 }
