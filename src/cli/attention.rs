@@ -203,7 +203,7 @@ fn from_diffusion(args: &Args, context: &Context) -> Result<()> {
         activations: context.activations(Precision::default())?,
     };
     let (model, plan) = StableDiffusion::load_planned(gpu, &args.model, &options, trajectory)?;
-    context.say(&plan);
+    context.say(plan);
     let maker = TargetMaker {
         model: &model,
         trajectory,

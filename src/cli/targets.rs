@@ -127,7 +127,7 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
     };
     let (mut model, plan) =
         StableDiffusion::load_planned(gpu, &args.diffusion, &options, trajectory)?;
-    context.say(&plan);
+    context.say(plan);
     model.batch = args
         .batch
         .map_or(model.batch, |batch| model.batch.min(batch.into()));

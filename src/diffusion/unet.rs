@@ -399,7 +399,7 @@ impl Pass<'_> {
         match self {
             Pass::Recompute if x.needs_grad() => {
                 let (block, time) = (block.clone(), time.clone());
-                checkpoint(&[x.clone()], move |x| {
+                checkpoint(std::slice::from_ref(x), move |x| {
                     vec![block.forward(&x[0], Some(&time))]
                 })
                 .remove(0)
