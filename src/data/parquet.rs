@@ -69,7 +69,7 @@ pub(super) fn load(
     selection: &Selection,
 ) -> Result<Vec<Sample>> {
     let (shards, selection) = of_split(path, shards, selection)?;
-    let mut rows: Vec<(Arc<Shard>, Vec<Map<String, Value>>)> = Vec::new();
+    let mut rows: Vec<(Arc<Shard>, Rows)> = Vec::new();
     for shard in &shards {
         let root = images.unwrap_or_else(|| shard.parent().unwrap_or(Path::new("")));
         let (shard, of_shard) = guarded(shard, || read(shard, root))?;
@@ -154,6 +154,9 @@ fn damaged(path: &Path, reason: impl std::fmt::Display) -> Error {
     )
 }
 
+/// The texts of a file's rows.
+type Rows = Vec<Map<String, Value>>;
+
 /// One file and where its images are.
 #[derive(Debug)]
 struct Shard {
@@ -168,7 +171,7 @@ struct Shard {
 }
 
 /// Opens a file and reads the texts of its rows.
-fn read(path: &Path, root: &Path) -> Result<(Shard, Vec<Map<String, Value>>)> {
+fn read(path: &Path, root: &Path) -> Result<(Shard, Rows)> {
     let wrong = |e: ParquetError| damaged(path, e);
     let file = File::open(path).map_err(|e| Error::io(path, e))?;
     let reader = SerializedFileReader::new(file).map_err(wrong)?;
@@ -385,15 +388,14 @@ fn values(
         read += records;
     }
     let (present, nested) = (descriptor.max_def_level(), descriptor.max_rep_level() > 0);
-    let levels = if present > 0 {
-        definitions.len()
-    } else {
-        found.len()
-    };
+    // A required column has no levels; its values are all there.
+    if present == 0 {
+        definitions = vec![0; found.len()];
+    }
     let mut found = found.into_iter();
     let mut all: Vec<Option<ByteArray>> = Vec::new();
-    for level in 0..levels {
-        let value = match present == 0 || definitions[level] == present {
+    for (level, &definition) in definitions.iter().enumerate() {
+        let value = match definition == present {
             true => found.next(),
             false => None,
         };

@@ -97,7 +97,8 @@ def main():
     hf("caption.parquet", {"id": IDS, "image": stored, "caption": first})
     hf("captions.parquet", {"image": stored, "filename": [f"{i}.png" for i in IDS], "captions": CAPTIONS, "split": SPLITS})
     # pyarrow: plain bytes, paths, a list of one image with pairs of texts, other compressions, dictionaries
-    table = pa.table({"id": IDS, "image": pa.array(PNG, pa.binary()), "text": first})
+    required = [pa.field("id", pa.string()), pa.field("image", pa.binary(), nullable=False), pa.field("text", pa.string())]
+    table = pa.table({"id": IDS, "image": pa.array(PNG, pa.binary()), "text": first}, schema=pa.schema(required))
     pq.write_table(table, ROOT / "bytes.parquet", row_group_size=3, compression="zstd", data_page_version="2.0")
     table = pa.table({"id": IDS, "image": [f"images/{i}.png" for i in IDS], "text": first})
     pq.write_table(table, ROOT / "path.parquet", compression="lz4")
