@@ -302,3 +302,29 @@ fn long_texts_run_in_passes_that_change_no_map() {
         assert_relative("maps", &b.maps.concat(), &a.maps.concat(), 1e-5);
     }
 }
+
+#[test]
+fn the_fused_capture_is_the_mean_of_the_stored_matrices() {
+    for name in CHECKPOINTS {
+        let (model, expected) = (load(name, DType::F32), Expected::open(name));
+        let latents = Var::constant(expected.image_tensor("latents"));
+        let (values, shape) = expected.get("short.text");
+        let text = Var::constant(Tensor::from_f32(gpu(), &values, &shape));
+        let side = latents.dim(1);
+        let mut fused = Capture::new(MapLayers::HalfAndQuarter, side);
+        model
+            .unet
+            .forward(&latents, &[250], &text, Some(&mut fused));
+        // Every head's whole matrix, then their mean.
+        let mut stored = Capture::on_tape(MapLayers::HalfAndQuarter, side);
+        model
+            .unet
+            .forward(&latents, &[250], &text, Some(&mut stored));
+        let stored = stored.kept();
+        assert_eq!(stored.len(), fused.layers().count());
+        for ((layer, _, mean), whole) in fused.layers().zip(&stored) {
+            let whole = whole.value().to_f32().unwrap();
+            assert_relative(layer, &mean.to_f32().unwrap(), &whole, 1e-5);
+        }
+    }
+}
