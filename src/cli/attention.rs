@@ -214,7 +214,8 @@ fn from_diffusion(args: &Args, context: &Context) -> Result<()> {
         case: Case::Lower,
         seed: context.seed(0),
     };
-    let chunks = model.tokenizer.chunks(&args.text)?;
+    // A text without a word is refused below, with what to do.
+    let chunks = model.tokenizer.chunks(&args.text).unwrap_or_default();
     let total = model.progress(&[chunks], trajectory);
     let mut progress = context.progress("attention", total);
     let item = Item {

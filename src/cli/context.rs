@@ -72,7 +72,9 @@ impl FromStr for Bytes {
             "gb" => 1_000_000_000,
             _ => 0,
         };
-        let bytes = digits.parse().ok().map(|number: f64| number * scale as f64);
+        let plain = digits.chars().all(|c| c.is_ascii_digit() || c == '.');
+        let number = digits.parse().ok().filter(|_| plain);
+        let bytes = number.map(|number: f64| number * scale as f64);
         match bytes {
             Some(bytes) if scale > 0 && (0.0..1e18).contains(&bytes) => Ok(Self(bytes as u64)),
             _ => Err("expected a size such as 4GiB, 4GB, 800MB or 4096 (MiB)".into()),

@@ -15,6 +15,9 @@ const NAMED: usize = 5;
 
 /// Options of `data`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  \
+    lavender-wgpu data check smolvlm.toml\n  \
+    lavender-wgpu data check --data train.json --images pictures")]
 pub struct Args {
     /// What to do.
     #[command(subcommand)]
