@@ -9,8 +9,10 @@ use crate::data::drawn::write as scenes_on_disk;
 use crate::data::scenes::{Scene, SceneSet, Split};
 use crate::eval::drawn::{Figures, figures};
 use crate::gpu::Gpu;
+use crate::train::checkpoint::Checkpoint;
+use crate::train::config::Mode;
 use crate::train::config::{Config, EMBEDDED};
-use crate::train::metrics::StepMetrics;
+use crate::train::metrics::{EvalMetrics, StepMetrics};
 use crate::train::objective::WordSheet;
 use crate::train::recipe::{Observer, Training};
 use crate::train::rundir::RunDir;
@@ -29,22 +31,27 @@ const TEACHER_STEPS: usize = 4;
 /// Held-out scenes that the embedded run is measured on.
 const TEST_SCENES: usize = 48;
 
+/// Steps after the first whose time tells how long the run will take.
+const TIMED_STEPS: u64 = 3;
+
 /// Options of `train`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
     lavender-wgpu train                                  the embedded mini models and data\n  \
     lavender-wgpu train smolvlm.toml\n  \
     lavender-wgpu train smolvlm.toml --set loss.lambda=0 --set run.dir=runs/autor    the autoregressive baseline\n  \
-    lavender-wgpu train --resume runs/autor              goes on from the last whole checkpoint")]
+    lavender-wgpu train --resume runs/autor              goes on from the last whole checkpoint\n  \
+    lavender-wgpu train --resume runs/autor --set train.steps=2000    and further than it was to go")]
 pub struct Args {
     /// Configuration; without one, the embedded mini models and data
-    #[arg(value_name = "CONFIG.toml", conflicts_with = "resume")]
+    #[arg(value_name = "CONFIG.toml")]
     pub config: Option<PathBuf>,
     /// Change a key of the configuration; may be given several times
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub set: Vec<String>,
-    /// Go on with a stopped run, by its own resolved configuration
-    #[arg(long, value_name = "RUN_DIR", conflicts_with = "set")]
+    /// Go on with a stopped run, by its own configuration unless another is given; length, checkpoints and evaluation
+    /// may change
+    #[arg(long, value_name = "RUN_DIR")]
     pub resume: Option<PathBuf>,
 }
 
@@ -55,7 +62,7 @@ pub struct Args {
 /// Whole checkpoints stay and `--resume` goes on from the last.
 pub fn run(args: &Args, context: &Context) -> Result<()> {
     let (run, config, from) = match &args.resume {
-        Some(dir) => RunDir::open(dir)?,
+        Some(dir) => resumed(dir, args, context)?,
         None => {
             let config = match &args.config {
                 Some(path) => Config::load(path, &args.set)?,
@@ -75,6 +82,12 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
     let drawn = is_drawn(&config);
     let config = with_files(config, &run, context)?;
     let mut training = Training::new(gpu, &config)?;
+    context.say(&training.estimate);
+    if let Some(advice) = training.estimate.advice() {
+        context.say(format_args!(
+            "that may not fit: {advice}; where memory runs out, a step goes on with smaller batches"
+        ));
+    }
     let test: Vec<Scene> = match drawn {
         true => SceneSet::new(SCENES_SEED, Split::HeldOut, TEST_SCENES)
             .iter()
@@ -90,6 +103,8 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
         context.say(format_args!("going on at step {}", from.step));
     }
     let mut watch = Watch {
+        done: 0,
+        spent_ms: 0.0,
         progress: context.progress("train", training.total_steps() as usize),
         context,
     };
@@ -105,11 +120,36 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
         table(context, before, after)?;
     }
     context.print(format_args!(
-        "LoRA adapter {}, aligner {}, maps {}",
-        run.lora().display(),
+        "{}, aligner {}, maps {}",
+        match config.train.mode {
+            Mode::Lora => format!("LoRA adapter {}", run.lora().display()),
+            Mode::Full => format!("model {}", run.model().display()),
+        },
         run.aligner().display(),
         run.maps().display()
     ))
+}
+
+/// The run in `dir` with its last checkpoint, and its configuration changed as the arguments say.
+fn resumed(
+    dir: &Path,
+    args: &Args,
+    context: &Context,
+) -> Result<(RunDir, Config, Option<Checkpoint>)> {
+    let (run, before, from) = RunDir::open(dir)?;
+    let after = match &args.config {
+        Some(path) => overridden(Config::load(path, &args.set)?, context),
+        None => before.clone().with(&args.set)?,
+    };
+    let done = from.as_ref().map_or(0, |from| from.step);
+    let (config, differences) = before.resumed(&after, done)?;
+    for difference in &differences {
+        context.say(format_args!("going on with {difference}"));
+    }
+    if !differences.is_empty() {
+        run.rewrite(&config)?;
+    }
+    Ok((run, config, from))
 }
 
 /// `--precision` and `--seed` win over the configuration.
@@ -264,12 +304,26 @@ fn table(context: &Context, before: Figures, after: Figures) -> Result<()> {
 
 /// Progress of a run, and Ctrl-C.
 struct Watch<'a> {
+    /// Steps since the start, and their time.
+    done: u64,
+    spent_ms: f64,
     progress: Progress,
     context: &'a Context,
 }
 
 impl Observer for Watch<'_> {
-    fn step(&mut self, m: &StepMetrics, _: u64) {
+    fn step(&mut self, m: &StepMetrics, total: u64) {
+        // The first step compiles kernels.
+        self.spent_ms += if self.done > 0 { m.step_ms } else { 0.0 };
+        self.done += 1;
+        if self.done == TIMED_STEPS + 1 {
+            let step = self.spent_ms / TIMED_STEPS as f64;
+            let left = total.saturating_sub(m.step + 1) as f64 * step * 1e-3;
+            let peak = m.peak_bytes >> 20;
+            self.progress.say(format_args!(
+                "{step:.0} ms a step, {left:.0} s for the rest; {peak} MiB of GPU memory at the most"
+            ));
+        }
         self.progress.step(format!(
             "loss {:.4} lm {:.4} attention {:.4} {:.0} tokens/s {} MiB",
             m.loss,
@@ -278,6 +332,18 @@ impl Observer for Watch<'_> {
             m.tokens as f64 / (m.step_ms * 1e-3).max(1e-6),
             m.peak_bytes >> 20
         ));
+    }
+
+    fn evaluated(&mut self, m: &EvalMetrics) {
+        let best = if m.best { ", the best so far" } else { "" };
+        self.progress.say(format_args!(
+            "evaluation after {} steps: loss {:.4} lm {:.4} attention {:.4}{best}",
+            m.step, m.loss, m.lm_loss, m.attn_loss
+        ));
+    }
+
+    fn note(&mut self, message: &str) {
+        self.progress.say(message);
     }
 
     fn interrupted(&self) -> bool {

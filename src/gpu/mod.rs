@@ -142,6 +142,11 @@ impl Gpu {
         self.0.faults.take().map_or(Ok(()), Err)
     }
 
+    /// Whether an error waits for [`Gpu::check`]: nothing is dispatched until then.
+    pub fn failing(&self) -> bool {
+        self.0.faults.any()
+    }
+
     /// Submits everything recorded so far and waits until the device has finished it.
     ///
     /// # Errors

@@ -6,6 +6,7 @@ use std::rc::Rc;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use super::freeze::Freeze;
 use super::lora::LoraConfig;
 use super::parameters::{Kind, Layout, Parameter, Parameters, from_checkpoint};
 use crate::autograd::Var;
@@ -20,6 +21,8 @@ use crate::tensor::{Checkpoint, DType, Quantization, QuantizedMatrix, Tensor, el
 pub struct LoadOptions {
     /// Make every weight a leaf with a gradient, held in f32.
     pub trainable: bool,
+    /// What is left frozen all the same, weights and LoRA factors.
+    pub freeze: Freeze,
     /// Put LoRA factors beside the matching linear layers.
     pub lora: Option<LoraConfig>,
     /// Dtype of the activations: f32 or f16. With f16, frozen f32 matrices are held as f16 too.
@@ -34,6 +37,7 @@ impl Default for LoadOptions {
     fn default() -> Self {
         LoadOptions {
             trainable: false,
+            freeze: Freeze::default(),
             lora: None,
             activations: DType::F32,
             quantize: None,
@@ -177,10 +181,10 @@ impl Loader {
     /// As [`Loader::vector`].
     pub fn matrix(&self, name: &str, shape: &[usize], init: Init) -> Result<Var> {
         let (checkpoint, options) = (&self.shared.checkpoint, &self.shared.options);
-        let (Some(checkpoint), false) = (checkpoint, options.trainable) else {
+        let full = self.path(name);
+        let (Some(checkpoint), false) = (checkpoint, self.trains(&full)) else {
             return self.vector(name, shape, init);
         };
-        let full = self.path(name);
         let mut value = checkpoint.tensor(self.gpu(), &full, shape)?;
         if options.activations == DType::F16 && value.dtype() == DType::F32 {
             value = cast(&value, DType::F16);
@@ -208,7 +212,7 @@ impl Loader {
         kind: Quantization,
     ) -> Result<QuantizedMatrix> {
         let full = self.path(name);
-        if self.shared.options.trainable {
+        if self.trains(&full) {
             return Err(Error::Config(format!(
                 "model.quantize: `{full}` would be trained, but quantised weights are frozen;                  train a LoRA adapter beside them, or set model.quantize = \"none\""
             )));
@@ -245,7 +249,7 @@ impl Loader {
             None => self.random_values(elements(&shape), init),
         };
         let held = from_checkpoint(&values, shape);
-        let dtype = match options.trainable {
+        let dtype = match self.trains(&full) {
             true => DType::F32,
             false => options.activations,
         };
@@ -253,8 +257,14 @@ impl Loader {
         Ok(self.register(full, value, Layout::Convolution))
     }
 
+    /// Whether the weight `name` is a leaf with a gradient.
+    fn trains(&self, name: &str) -> bool {
+        let options = &self.shared.options;
+        options.trainable && !options.freeze.matches(name)
+    }
+
     fn register(&self, name: String, value: Tensor, layout: Layout) -> Var {
-        if !self.shared.options.trainable {
+        if !self.trains(&name) {
             return Var::constant(value);
         }
         let var = Var::parameter(value);

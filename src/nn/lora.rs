@@ -20,6 +20,8 @@ pub struct LoraConfig {
     pub dropout: f32,
     /// Module names; a module is adapted when its path is one of these or ends with `.name`.
     pub target_modules: Vec<String>,
+    /// Names of those that are not adapted though they match.
+    pub exclude_modules: Vec<String>,
     /// Scale by alpha / √r instead (rsLoRA: Kalajdzievski, 2023).
     pub use_rslora: bool,
     /// Ranks of single modules, by names that match as `target_modules` do; the first that matches counts.
@@ -31,7 +33,8 @@ pub struct LoraConfig {
 impl LoraConfig {
     /// Whether PEFT would adapt the module at `path`.
     pub fn matches(&self, path: &str) -> bool {
-        self.target_modules.iter().any(|name| names(name, path))
+        let any = |list: &[String]| list.iter().any(|name| names(name, path));
+        any(&self.target_modules) && !any(&self.exclude_modules)
     }
 
     /// Rank of the module at `path`.
@@ -53,7 +56,9 @@ impl LoraConfig {
     pub fn rename(mut self, to_canonical: impl Fn(&str) -> String) -> Self {
         let ranks = self.rank_pattern.iter_mut().map(|(name, _)| name);
         let alphas = self.alpha_pattern.iter_mut().map(|(name, _)| name);
-        for name in self.target_modules.iter_mut().chain(ranks).chain(alphas) {
+        let excluded = self.exclude_modules.iter_mut();
+        let modules = self.target_modules.iter_mut().chain(excluded);
+        for name in modules.chain(ranks).chain(alphas) {
             *name = to_canonical(name);
         }
         self
@@ -95,7 +100,7 @@ impl Lora {
     pub fn load(loader: &Loader, inputs: usize, outputs: usize) -> Option<Lora> {
         let config = loader.options().lora.as_ref()?;
         let path = loader.path("");
-        if !config.matches(&path) {
+        if !config.matches(&path) || loader.options().freeze.matches(&path) {
             return None;
         }
         // Kaiming uniform with a = √5, as PEFT: ±1/√in.

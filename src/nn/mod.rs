@@ -2,6 +2,7 @@
 
 mod conv2d;
 mod embedding;
+mod freeze;
 mod linear;
 mod loader;
 mod lora;
@@ -11,6 +12,7 @@ mod peft;
 
 pub use conv2d::Conv2d;
 pub use embedding::Embedding;
+pub use freeze::Freeze;
 pub use linear::Linear;
 pub use loader::{Init, LoadOptions, Loader};
 pub use lora::{LoraConfig, set_dropout_seed};

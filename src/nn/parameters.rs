@@ -40,6 +40,18 @@ pub struct Parameter {
 }
 
 impl Parameter {
+    /// The weight as the checkpoint stores it, with its shape there; waits for the device.
+    ///
+    /// # Errors
+    /// A GPU error while reading back.
+    pub fn values(&self) -> Result<(Vec<f32>, Vec<usize>)> {
+        let values = self.var.value().to_f32()?;
+        Ok(match self.layout {
+            Layout::Plain => (values, self.var.shape().to_vec()),
+            Layout::Convolution => to_checkpoint(&values, self.var.value()),
+        })
+    }
+
     /// Overwrites the weight with the tensor of its name in `checkpoint`, stored as the layout says.
     ///
     /// # Errors
@@ -89,11 +101,7 @@ impl Parameters {
     pub fn save(&self, path: &Path, dtype: DType) -> Result<()> {
         let mut tensors = Vec::new();
         for p in self.0.borrow().iter().filter(|p| p.kind == Kind::Base) {
-            let values = p.var.value().to_f32()?;
-            let (values, shape) = match p.layout {
-                Layout::Plain => (values, p.var.shape().to_vec()),
-                Layout::Convolution => to_checkpoint(&values, p.var.value()),
-            };
+            let (values, shape) = p.values()?;
             tensors.push((p.name.clone(), HostTensor::float(dtype, &shape, &values)));
         }
         let metadata = [("format".to_string(), "pt".to_string())];

@@ -61,6 +61,7 @@ pub fn save_lora(
         "base_model_name_or_path": base_model,
         "bias": "none",
         "fan_in_fan_out": false,
+        "exclude_modules": (!config.exclude_modules.is_empty()).then_some(&config.exclude_modules),
         "inference_mode": true,
         "init_lora_weights": true,
         "layers_pattern": null,
@@ -135,6 +136,7 @@ pub fn lora_config(dir: &Path) -> Result<LoraConfig> {
         alpha: number(&json["lora_alpha"]).ok_or_else(|| bad("lora_alpha", "a number"))?,
         dropout: json["lora_dropout"].as_f64().unwrap_or(0.0) as f32,
         target_modules,
+        exclude_modules: Vec::new(),
         use_rslora: json["use_rslora"] == true,
         rank_pattern: pattern(&json["rank_pattern"], rank).ok_or_else(|| {
             let wanted = "names of modules (no regular expressions) with a rank each";

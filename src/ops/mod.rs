@@ -20,6 +20,7 @@ pub mod grad_norm;
 pub mod group_norm;
 pub mod in_place;
 pub mod layer_norm;
+pub mod loss_scale;
 pub mod matmul;
 pub mod permute;
 pub mod reduce;
@@ -57,6 +58,7 @@ pub fn variants() -> Vec<Kernel> {
         gather_rows::variants(),
         group_norm::variants(),
         layer_norm::variants(),
+        loss_scale::variants(),
         matmul::variants(),
         permute::variants(),
         reduce::variants(),

@@ -205,7 +205,7 @@ impl Batch {
             .map(Var::constant),
             grids: examples.iter().map(|e| e.prepared.grid).collect(),
             words,
-            tokens: examples.iter().map(|e| e.prepared.ids.len()).sum(),
+            tokens: examples.iter().map(|e| e.prepared.tokens()).sum(),
         }
     }
 }

@@ -87,21 +87,7 @@ pub fn write(
 
 /// The last whole checkpoint under `root`, checked file by file; damaged ones are passed over with a warning.
 pub fn last_whole(root: &Path) -> Result<Option<Checkpoint>> {
-    let mut steps = Vec::new();
-    if root.is_dir() {
-        for item in fs::read_dir(root).map_err(|e| Error::io(root, e))? {
-            let name = item.map_err(|e| Error::io(root, e))?.file_name();
-            if let Some(step) = name
-                .to_string_lossy()
-                .strip_prefix("step-")
-                .and_then(|n| n.parse::<u64>().ok())
-            {
-                steps.push(step);
-            }
-        }
-    }
-    steps.sort_unstable();
-    for step in steps.into_iter().rev() {
+    for step in steps(root)?.into_iter().rev() {
         let dir = root.join(format!("step-{step}"));
         match read(&dir) {
             Ok(checkpoint) => return Ok(Some(checkpoint)),
@@ -109,6 +95,39 @@ pub fn last_whole(root: &Path) -> Result<Option<Checkpoint>> {
         }
     }
     Ok(None)
+}
+
+/// The steps of the checkpoints under `root`, ascending, whole or not.
+fn steps(root: &Path) -> Result<Vec<u64>> {
+    let mut steps = Vec::new();
+    if root.is_dir() {
+        for item in fs::read_dir(root).map_err(|e| Error::io(root, e))? {
+            let name = item.map_err(|e| Error::io(root, e))?.file_name();
+            let name = name.to_string_lossy();
+            let number = name.strip_prefix("step-");
+            steps.extend(number.and_then(|n| n.parse::<u64>().ok()));
+        }
+    }
+    steps.sort_unstable();
+    Ok(steps)
+}
+
+/// Removes all checkpoints under `root` but the last `keep` and that of step `best`; none for `keep` 0.
+///
+/// One that is to go is renamed first, so that a program killed meanwhile leaves no half of it.
+pub fn prune(root: &Path, keep: usize, best: Option<u64>) -> Result<()> {
+    let steps = steps(root)?;
+    let old = match keep {
+        0 => 0,
+        keep => steps.len().saturating_sub(keep),
+    };
+    for &step in steps[..old].iter().filter(|&&step| Some(step) != best) {
+        let dir = root.join(format!("step-{step}"));
+        let going = root.join(format!("{TEMPORARY}gone-{step}"));
+        fs::rename(&dir, &going).map_err(|e| Error::io(&dir, e))?;
+        fs::remove_dir_all(&going).map_err(|e| Error::io(&going, e))?;
+    }
+    Ok(())
 }
 
 /// Reads and checks one checkpoint. Errors: no state file, or a file missing, cut or changed.

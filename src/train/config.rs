@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::objective::Weights;
+use crate::Result;
 use crate::align::filter::WordRules;
 use crate::align::options::{
     Aggregate, Aggregation, AlignerActivation, AlignerKind, AlignerNorm, ControlTargets, Flow,
@@ -15,14 +16,15 @@ use crate::align::options::{
 };
 use crate::align::words::Case;
 use crate::data::DataSet;
-use crate::gpu::Tier;
-use crate::tensor::DType;
-use crate::{Error, Result};
 
+mod changes;
 mod parse;
 mod quantize;
+mod training;
 
+pub use changes::Difference;
 pub use quantize::Quantize;
+pub use training::{Eval, Mode, Optimizer, Precision, Train};
 
 /// Stands for the embedded mini models and data in `model.path`, `data.path` and `data.diffusion`.
 pub const EMBEDDED: &str = "mini";
@@ -56,6 +58,8 @@ pub struct Config {
     pub train: Train,
     /// Runs to compare with, in which something of the method is taken away.
     pub control: Control,
+    /// Evaluation on the way.
+    pub eval: Eval,
     /// Weights to start from.
     pub init: Init,
     /// Where results go.
@@ -205,72 +209,11 @@ pub struct Lora {
     pub dropout: f64,
     /// Suffixes of the linear layers that are adapted; default `q_proj` and `v_proj`.
     pub target_modules: Vec<String>,
+    /// Suffixes of those that are not, though they match; default none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub exclude_modules: Vec<String>,
     /// Whether the scale is α/√r instead of α/r (rsLoRA); default false.
     pub use_rslora: bool,
-}
-
-/// `[optimizer]` (AdamW)
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Optimizer {
-    /// Learning rate; default 1e-4.
-    pub lr: f64,
-    /// Default 0.9 and 0.999.
-    pub betas: [f64; 2],
-    /// Default 1e-8.
-    pub eps: f64,
-    /// Default 0.
-    pub weight_decay: f64,
-    /// The learning rate's factor after each epoch, 1 for none; default 0.85.
-    pub gamma: f64,
-    /// Largest global gradient norm, 0 for no clipping; default 0.
-    pub grad_clip: f64,
-}
-
-/// `[train]`
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Train {
-    /// Samples a step; default 4.
-    pub batch: usize,
-    /// Steps in all; instead of `epochs`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub steps: Option<u64>,
-    /// Passes over the data; default 3.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub epochs: Option<u64>,
-    /// Seed of the order, of dropout and of new weights; default 0.
-    pub seed: u64,
-    /// Type of the activations, `f32` or `f16`; default `f32`.
-    pub precision: Precision,
-    /// Steps between checkpoints, 0 for one at the end only; default 100.
-    pub checkpoint_every: u64,
-}
-
-/// Type of the activations: `train.precision` and `--precision`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Precision {
-    /// 32-bit floats.
-    #[default]
-    F32,
-    /// 16-bit floats; sums, norms, softmax, losses and optimizer state stay 32-bit.
-    F16,
-}
-
-impl Precision {
-    /// The tensor type. Errors: f16 on an adapter without it.
-    pub fn dtype(self, tier: &Tier) -> Result<DType> {
-        match self {
-            Self::F32 => Ok(DType::F32),
-            Self::F16 if tier.f16 => Ok(DType::F16),
-            Self::F16 => Err(Error::NoAdapter(format!(
-                "adapter {} [{}] has no 16-bit floats (SHADER_F16): use `--precision f32`, \
-                 or another adapter of `lavender-wgpu devices` by `--adapter`",
-                tier.name, tier.driver
-            ))),
-        }
-    }
 }
 
 /// `[control]`
@@ -341,14 +284,23 @@ pub const KEYS: &[&str] = &[
     "lora.alpha",
     "lora.dropout",
     "lora.target_modules",
+    "lora.exclude_modules",
     "lora.use_rslora",
     "optimizer.lr",
     "optimizer.betas",
     "optimizer.eps",
     "optimizer.weight_decay",
+    "optimizer.aligner_lr",
+    "optimizer.schedule",
+    "optimizer.warmup_steps",
     "optimizer.gamma",
     "optimizer.grad_clip",
+    "train.mode",
+    "train.freeze",
     "train.batch",
+    "train.accumulate",
+    "train.checkpoint_activations",
+    "train.bucket",
     "train.steps",
     "train.epochs",
     "train.seed",
@@ -356,6 +308,13 @@ pub const KEYS: &[&str] = &[
     "train.checkpoint_every",
     "control.targets",
     "control.aligner_only",
+    "train.keep",
+    "train.early_stop",
+    "eval.path",
+    "eval.images",
+    "eval.targets",
+    "eval.share",
+    "eval.every",
     "init.lora",
     "init.aligner",
     "run.dir",
@@ -469,33 +428,8 @@ impl Default for Lora {
             alpha: 32.0,
             dropout: 0.05,
             target_modules: vec!["q_proj".into(), "v_proj".into()],
+            exclude_modules: Vec::new(),
             use_rslora: false,
-        }
-    }
-}
-
-impl Default for Optimizer {
-    fn default() -> Self {
-        Self {
-            lr: 1e-4,
-            betas: [0.9, 0.999],
-            eps: 1e-8,
-            weight_decay: 0.0,
-            gamma: 0.85,
-            grad_clip: 0.0,
-        }
-    }
-}
-
-impl Default for Train {
-    fn default() -> Self {
-        Self {
-            batch: 4,
-            steps: None,
-            epochs: None,
-            seed: 0,
-            precision: Precision::default(),
-            checkpoint_every: 100,
         }
     }
 }
@@ -512,7 +446,7 @@ impl Config {
 
     /// Steps of one pass over `samples`.
     pub fn steps_per_epoch(&self, samples: usize) -> u64 {
-        samples.div_ceil(self.train.batch) as u64
+        samples.div_ceil(self.effective_batch()) as u64
     }
 
     /// λ at `step` of `total`, by `loss.schedule`.
@@ -561,11 +495,6 @@ impl Config {
         }
     }
 
-    /// The learning rate in `epoch` (from 0): `lr · gamma^epoch`.
-    pub fn learning_rate(&self, epoch: u64) -> f64 {
-        self.optimizer.lr * self.optimizer.gamma.powf(epoch as f64)
-    }
-
     /// What types cannot say: the key and what is wrong with it.
     fn check(&self) -> std::result::Result<(), (&'static str, String)> {
         let positive = |key, value: f64| range(key, value, value > 0.0, "a number above 0");
@@ -580,6 +509,7 @@ impl Config {
         };
         let at_least_one = |key, value: u64| range(key, value as f64, value >= 1, "at least 1");
         self.data.check()?;
+        self.check_training()?;
         at_least_one("aligner.hidden", self.aligner.hidden as u64)?;
         not_negative("loss.lambda", self.loss.lambda)?;
         not_negative("loss.decay", self.loss.decay)?;
@@ -643,25 +573,5 @@ fn range(
         Ok(())
     } else {
         Err((key, format!("found {value}, expected {expected}")))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn f16_is_refused_on_an_adapter_without_it() {
-        let tier = |f16| Tier {
-            f16,
-            ..Tier::default()
-        };
-        assert_eq!(Precision::F16.dtype(&tier(true)).unwrap(), DType::F16);
-        assert_eq!(Precision::F32.dtype(&tier(false)).unwrap(), DType::F32);
-        let error = Precision::F16.dtype(&tier(false)).unwrap_err().to_string();
-        assert!(
-            error.contains("SHADER_F16") && error.contains("--precision f32"),
-            "{error}"
-        );
     }
 }

@@ -28,6 +28,7 @@ pub struct Loader {
     seed: u64,
     shuffle: bool,
     batch: usize,
+    bucket: usize,
 }
 
 impl Loader {
@@ -47,7 +48,8 @@ impl Loader {
             rules: config.word_rules(),
             seed: config.train.seed,
             shuffle: config.data.shuffle,
-            batch: config.train.batch,
+            batch: config.effective_batch(),
+            bucket: config.train.bucket,
         };
         loader.check_stores(config)?;
         if config.data.without_targets == WithoutTargets::Skip {
@@ -103,6 +105,11 @@ impl Loader {
         Ok(())
     }
 
+    /// Leaves the samples out that `kept` is false for.
+    pub fn keep(&mut self, kept: &[bool]) {
+        self.data.keep(kept);
+    }
+
     /// The data set, without skipped samples.
     pub fn data(&self) -> &DataSet {
         &self.data
@@ -149,7 +156,12 @@ impl Loader {
             }
             Ok(example)
         };
-        order.iter().map(prepare).collect()
+        let padded = |example: Result<Example>| {
+            let mut example = example?;
+            example.prepared.pad(self.bucket);
+            Ok(example)
+        };
+        order.iter().map(prepare).map(padded).collect()
     }
 
     /// Gives each word of sample `index` the map of a word of another sample, chosen by the seed and the word, so that

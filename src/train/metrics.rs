@@ -1,15 +1,17 @@
-//! `metrics.jsonl`: one line a step, with figures from before the step's update.
+//! `metrics.jsonl`: one line a step, with figures from before the step's update; `eval.jsonl`: one an evaluation.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
+use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result, files};
 
 /// The figures of one step.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct StepMetrics {
     /// The step, from 0.
     pub step: u64,
@@ -36,6 +38,57 @@ pub struct StepMetrics {
     pub data_ms: f64,
     /// Most GPU memory that was in use during the step.
     pub peak_bytes: u64,
+    /// Factor of the loss in the backward, in f16 runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<f64>,
+    /// Whether the update was skipped because that factor was too large; `grad_norm` is 0 then.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub skipped: bool,
+}
+
+/// The figures of one evaluation.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct EvalMetrics {
+    /// Always true: tells these lines from a step's.
+    pub eval: bool,
+    /// Updates done before it.
+    pub step: u64,
+    /// Language loss + λ · attention loss, by which the best checkpoint is chosen; λ without its schedule.
+    pub loss: f64,
+    /// Mean negative log-likelihood over all label tokens.
+    pub lm_loss: f64,
+    /// Mean squared error over all matched words.
+    pub attn_loss: f64,
+    /// Words that have targets.
+    pub matched_words: u64,
+    /// Samples.
+    pub samples: u64,
+    /// Whether it is the lowest loss so far.
+    pub best: bool,
+}
+
+/// A line of a log.
+pub trait Line: Serialize + DeserializeOwned {
+    /// What it is called in messages.
+    const NAME: &'static str;
+    /// Updates that had to be done for a checkpoint to come after it.
+    fn done(&self) -> u64;
+}
+
+impl Line for StepMetrics {
+    const NAME: &'static str = "a step's metrics";
+
+    fn done(&self) -> u64 {
+        self.step + 1
+    }
+}
+
+impl Line for EvalMetrics {
+    const NAME: &'static str = "an evaluation's metrics";
+
+    fn done(&self) -> u64 {
+        self.step
+    }
 }
 
 impl StepMetrics {
@@ -56,24 +109,28 @@ impl StepMetrics {
     }
 }
 
-/// The open log of a run.
+/// The open log of a run's steps or evaluations.
 #[derive(Debug)]
-pub struct MetricsLog {
+pub struct Log<T> {
     path: PathBuf,
     file: File,
+    lines: PhantomData<T>,
 }
 
-impl MetricsLog {
-    /// Starts a log that is to go on at `step`: lines of that step and later ones, and a torn last line, are dropped.
+/// `metrics.jsonl`
+pub type MetricsLog = Log<StepMetrics>;
+
+impl<T: Line> Log<T> {
+    /// Starts a log that is to go on after `step` updates: lines of later ones, and a torn last line, are dropped.
     ///
-    /// 0 starts a new log. Errors: a line that is no step's figures.
+    /// 0 starts a new log. Errors: a line that holds other figures.
     pub fn open(path: impl AsRef<Path>, step: u64) -> Result<Self> {
         let path = path.as_ref().to_path_buf();
         let kept: String = if step > 0 && path.exists() {
             // The lines as they are: a number read and written again may differ in its last digit.
             let text = files::read_text(&path)?;
-            let steps = read(&path)?;
-            let kept = text.lines().zip(steps).filter(|(_, m)| m.step < step);
+            let read: Vec<T> = read_lines(&path)?;
+            let kept = text.lines().zip(read).filter(|(_, m)| m.done() <= step);
             kept.map(|(line, _)| format!("{line}\n")).collect()
         } else {
             String::new()
@@ -83,26 +140,30 @@ impl MetricsLog {
             .append(true)
             .open(&path)
             .map_err(|e| Error::io(&path, e))?;
-        Ok(Self { path, file })
+        Ok(Self {
+            path,
+            file,
+            lines: PhantomData,
+        })
     }
 
-    /// Adds a step's line; it is with the operating system when this returns.
-    pub fn append(&mut self, metrics: &StepMetrics) -> Result<()> {
-        let line = line(&self.path, metrics)?;
+    /// Adds a line; it is with the operating system when this returns.
+    pub fn append(&mut self, metrics: &T) -> Result<()> {
+        let wrong = |e: serde_json::Error| Error::file(&self.path, e.to_string());
+        let line = serde_json::to_string(metrics).map_err(wrong)? + "\n";
         self.file
             .write_all(line.as_bytes())
             .map_err(|e| Error::io(&self.path, e))
     }
 }
 
-fn line(path: &Path, metrics: &StepMetrics) -> Result<String> {
-    let mut line = serde_json::to_string(metrics).map_err(|e| Error::file(path, e.to_string()))?;
-    line.push('\n');
-    Ok(line)
-}
-
 /// All steps of a log; a torn last line is left out.
 pub fn read(path: impl AsRef<Path>) -> Result<Vec<StepMetrics>> {
+    read_lines(path)
+}
+
+/// All lines of a log; a torn last one is left out.
+pub fn read_lines<T: Line>(path: impl AsRef<Path>) -> Result<Vec<T>> {
     let path = path.as_ref();
     let text = files::read_text(path)?;
     let whole = text.rfind('\n').map_or("", |end| &text[..end]);
@@ -111,10 +172,8 @@ pub fn read(path: impl AsRef<Path>) -> Result<Vec<StepMetrics>> {
         .enumerate()
         .map(|(number, line)| {
             serde_json::from_str(line).map_err(|e| {
-                Error::file(
-                    path,
-                    format!("line {}: not a step's metrics: {e}", number + 1),
-                )
+                let message = format!("line {}: not {}: {e}", number + 1, T::NAME);
+                Error::file(path, message)
             })
         })
         .collect()

@@ -1,19 +1,30 @@
-//! AdamW over a model's trainable tensors, with global-norm clipping.
+//! AdamW over a model's trainable tensors, with global-norm clipping and a loss scale for f16.
 
 use std::path::Path;
 
 use crate::autograd::Gradients;
 use crate::error::Result;
+use crate::gpu::Gpu;
 use crate::nn::Parameter;
 use crate::ops::adamw::{AdamW, adamw};
 use crate::ops::grad_norm::{clip_scale, grad_norm};
+use crate::ops::loss_scale::unscale;
 use crate::tensor::{Checkpoint, DType, HostTensor, Tensor, save_safetensors};
+
+/// The loss scale that f16 runs begin with.
+const FIRST_SCALE: f32 = 65536.0;
+/// Good updates in a row that double it.
+const GROWTH_INTERVAL: u32 = 2000;
 
 /// First and second moments of one tensor.
 struct Slot {
     parameter: Parameter,
     m: Tensor,
     v: Tensor,
+    /// Its learning rate over the step's.
+    rate: f32,
+    /// Updates that it had a gradient for.
+    steps: u64,
 }
 
 /// AdamW (Loshchilov & Hutter, 2019) with PyTorch's update; state in f32.
@@ -21,13 +32,27 @@ pub struct Optimizer {
     slots: Vec<Slot>,
     settings: AdamW,
     grad_clip: f32,
-    steps: u64,
+    /// f32 `[2]`: the loss's factor and the good updates since it last changed. It lives on the device, so that an
+    /// overflow counts from the very next step on.
+    scale: Option<Tensor>,
 }
 
 impl Optimizer {
     /// Zero moments for `parameters`; `settings.step` is ignored. Gradients are scaled down to the
     /// global norm `grad_clip`, 0 for no clipping.
     pub fn new(parameters: Vec<Parameter>, settings: AdamW, grad_clip: f32) -> Optimizer {
+        let mut optimizer = Optimizer {
+            slots: Vec::new(),
+            settings,
+            grad_clip,
+            scale: None,
+        };
+        optimizer.add(parameters, 1.0);
+        optimizer
+    }
+
+    /// More parameters, whose learning rate is `rate` times the step's.
+    pub fn add(&mut self, parameters: Vec<Parameter>, rate: f32) {
         let slot = |parameter: Parameter| {
             let value = parameter.var.value();
             let zeros = || Tensor::zeros(value.gpu(), DType::F32, value.shape());
@@ -35,49 +60,70 @@ impl Optimizer {
                 m: zeros(),
                 v: zeros(),
                 parameter,
+                rate,
+                steps: 0,
             }
         };
-        Optimizer {
-            slots: parameters.into_iter().map(slot).collect(),
-            settings,
-            grad_clip,
-            steps: 0,
-        }
+        self.slots.extend(parameters.into_iter().map(slot));
+    }
+
+    /// Expects gradients of the loss times [`Optimizer::loss_scale`] from here on.
+    pub fn scale_loss(&mut self, gpu: &Gpu) {
+        self.scale = Some(Tensor::from_f32(gpu, &[FIRST_SCALE, 0.0], &[2]));
+    }
+
+    /// The factor of the loss in the coming backward, f32 `[1]`; `None` for 1. Halved by every update whose gradients
+    /// are not finite (but never below 1), doubled after 2000 good ones in a row.
+    pub fn loss_scale(&self) -> Option<Tensor> {
+        self.scale.as_ref().map(|scale| scale.narrow(0, 1))
     }
 
     /// Updates every tensor that has a gradient at learning rate `lr`; returns the gradients' global
-    /// norm before clipping, f32 `[1]`, or `None` when there was no gradient.
+    /// norm before clipping and the loss scale that they had, f32 `[2]`, or `None` when there was no gradient.
     ///
-    /// An update with a norm that is not finite is skipped on the device, so the weights stay good.
+    /// An update with a norm that is not finite is skipped on the device, so the weights stay good; it still counts
+    /// in the moments' bias correction. Nothing is updated where memory has run out: all that the update needs is
+    /// allocated before its first dispatch.
     pub fn step(&mut self, gradients: &Gradients, lr: f32) -> Option<Tensor> {
-        self.steps += 1;
-        let pairs: Vec<(&Slot, &Tensor)> = self
+        let mut pairs: Vec<(&mut Slot, &Tensor)> = self
             .slots
-            .iter()
-            .filter_map(|slot| Some((slot, gradients.get(&slot.parameter.var)?)))
+            .iter_mut()
+            .filter_map(|slot| {
+                let gradient = gradients.get(&slot.parameter.var)?;
+                Some((slot, gradient))
+            })
             .collect();
-        if pairs.is_empty() {
-            return None;
-        }
+        let (_, first) = pairs.first()?;
+        let gpu = first.gpu().clone();
         let norm = grad_norm(&pairs.iter().map(|(_, g)| *g).collect::<Vec<_>>());
         let most = match self.grad_clip > 0.0 {
             true => self.grad_clip,
             false => f32::MAX,
         };
-        let scale = clip_scale(&norm, most);
-        let settings = AdamW {
-            lr,
-            step: self.steps,
-            ..self.settings
+        let (norm, factor) = match &self.scale {
+            Some(scale) => unscale(&norm, scale, most, GROWTH_INTERVAL),
+            None => {
+                let factor = clip_scale(&norm, most);
+                (norm, factor)
+            }
         };
-        for (slot, gradient) in pairs {
+        if gpu.failing() {
+            return Some(norm);
+        }
+        for (slot, gradient) in &mut pairs {
+            slot.steps += 1;
+            let settings = AdamW {
+                lr: lr * slot.rate,
+                step: slot.steps,
+                ..self.settings
+            };
             let weight = slot.parameter.var.value();
-            adamw(weight, gradient, &slot.m, &slot.v, &settings, Some(&scale));
+            adamw(weight, gradient, &slot.m, &slot.v, &settings, Some(&factor));
         }
         Some(norm)
     }
 
-    /// Writes the moments to `path`.
+    /// Writes the moments, each tensor's number of updates and the loss scale to `path`.
     ///
     /// # Errors
     /// A GPU error while reading back, or a file that cannot be written.
@@ -89,15 +135,20 @@ impl Optimizer {
                 tensors.push((format!("{kind}.{}", slot.parameter.name), values));
             }
         }
-        let metadata = [("step".to_string(), self.steps.to_string())];
-        save_safetensors(path, &tensors, Some(metadata.into()))
+        let steps: Vec<u32> = self.slots.iter().map(|slot| slot.steps as u32).collect();
+        tensors.push(("steps".into(), HostTensor::u32(&[steps.len()], &steps)));
+        if let Some(scale) = &self.scale {
+            let values = HostTensor::f32(scale.shape(), &scale.to_f32()?);
+            tensors.push(("loss_scale".into(), values));
+        }
+        save_safetensors(path, &tensors, None)
     }
 
-    /// Reads the moments that [`Optimizer::save`] wrote after `steps` updates.
+    /// Reads what [`Optimizer::save`] wrote.
     ///
     /// # Errors
     /// A missing tensor or another shape.
-    pub fn restore(&mut self, path: &Path, steps: u64) -> Result<()> {
+    pub fn restore(&mut self, path: &Path) -> Result<()> {
         let file = Checkpoint::open(path, "optimizer")?;
         for slot in &self.slots {
             for (kind, tensor) in [("m", &slot.m), ("v", &slot.v)] {
@@ -105,7 +156,13 @@ impl Optimizer {
                 tensor.write_f32(&file.values_of(&name, tensor.shape())?);
             }
         }
-        self.steps = steps;
+        let (steps, _) = file.values_u32("steps")?;
+        for (slot, steps) in self.slots.iter_mut().zip(steps) {
+            slot.steps = u64::from(steps);
+        }
+        if let Some(scale) = &self.scale {
+            scale.write_f32(&file.values_of("loss_scale", scale.shape())?);
+        }
         Ok(())
     }
 }

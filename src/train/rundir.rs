@@ -71,6 +71,14 @@ impl RunDir {
         Ok((run, config, last))
     }
 
+    /// Writes the configuration that the run goes on with.
+    ///
+    /// # Errors
+    /// A file that cannot be written.
+    pub fn rewrite(&self, config: &Config) -> Result<()> {
+        files::write_bytes(self.root.join("config.toml"), config.to_toml()?.as_bytes())
+    }
+
     /// The directory itself.
     pub fn root(&self) -> &Path {
         &self.root
@@ -79,6 +87,16 @@ impl RunDir {
     /// `metrics.jsonl`
     pub fn metrics(&self) -> PathBuf {
         self.root.join("metrics.jsonl")
+    }
+
+    /// `eval.jsonl`
+    pub fn evaluations(&self) -> PathBuf {
+        self.root.join("eval.jsonl")
+    }
+
+    /// `model/`, the whole model of a full fine-tune.
+    pub fn model(&self) -> PathBuf {
+        self.root.join("model")
     }
 
     /// `checkpoints/`

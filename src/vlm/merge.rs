@@ -58,6 +58,39 @@ pub fn merge(
     check_empty(out)?;
     let checkpoint = Checkpoint::open(base, "model")?;
     let updates = Updates::open(base, adapter, &checkpoint)?;
+    let mut merged = Merged {
+        modules: updates.factors.len(),
+        ..Merged::default()
+    };
+    let changes = updates.factors.into_iter().map(|(name, factors)| {
+        let change: Change<'_> = Box::new(move |weight| {
+            factors.add_to(weight);
+            Ok(())
+        });
+        (name, change)
+    });
+    let changes = changes.collect();
+    (merged.tensors, merged.bytes) = rewrite(base, &checkpoint, out, dtype, &changes, on_tensor)?;
+    Ok(merged)
+}
+
+/// What becomes of a weight's values.
+pub type Change<'a> = Box<dyn Fn(&mut [f32]) -> Result<()> + 'a>;
+
+/// Writes the model of directory `base`, whose weights `checkpoint` is, with `changes` to its tensors (by their names
+/// in the file) to directory `out`, as [`merge`] does. Gives the number of tensors and their bytes.
+///
+/// # Errors
+/// A base that cannot be read, an `out` that is not empty, a change's own.
+pub fn rewrite(
+    base: &Path,
+    checkpoint: &Checkpoint,
+    out: &Path,
+    dtype: Option<DType>,
+    changes: &BTreeMap<String, Change<'_>>,
+    on_tensor: &mut dyn FnMut(usize, usize, &str) -> Result<()>,
+) -> Result<(usize, u64)> {
+    check_empty(out)?;
     let parent = match out.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -72,7 +105,7 @@ pub fn merge(
 
     let files = checkpoint.stored();
     let all: usize = files.iter().map(|(_, tensors)| tensors.len()).sum();
-    let (mut merged, mut weight_map) = (Merged::default(), Map::new());
+    let (mut number, mut total, mut weight_map) = (0, 0, Map::new());
     for (path, tensors) in &files {
         let name = match files.len() {
             1 => "model.safetensors".into(),
@@ -83,18 +116,17 @@ pub fn merge(
         }
         let file = work.path().join(name.as_ref());
         let mut before = |tensor: &Stored<'_>| {
-            merged.tensors += 1;
-            on_tensor(merged.tensors, all, tensor.name)
+            number += 1;
+            on_tensor(number, all, tensor.name)
         };
-        merged.bytes += write_shard(&file, tensors, dtype, &updates, &mut before)?;
+        total += write_shard(&file, tensors, dtype, changes, &mut before)?;
     }
-    merged.modules = updates.factors.len();
     if files.len() > 1 {
-        let index = json!({"metadata": {"total_size": merged.bytes}, "weight_map": weight_map});
+        let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
         write_json(&work.path().join("model.safetensors.index.json"), &index)?;
     }
     publish(work, out)?;
-    Ok(merged)
+    Ok((all, total))
 }
 
 /// An output directory that exists has to be empty.
@@ -220,7 +252,7 @@ fn write_shard(
     file: &Path,
     tensors: &[Stored<'_>],
     dtype: Option<DType>,
-    updates: &Updates,
+    changes: &BTreeMap<String, Change<'_>>,
     before: &mut dyn FnMut(&Stored<'_>) -> Result<()>,
 ) -> Result<u64> {
     // Wide elements first, so that each tensor stays aligned to its own width.
@@ -234,9 +266,9 @@ fn write_shard(
     header.insert("__metadata__".into(), json!({"format": "pt"}));
     let mut at = 0;
     for tensor in &order {
-        if updates.factors.contains_key(tensor.name) && float(tensor.dtype).is_none() {
+        if changes.contains_key(tensor.name) && float(tensor.dtype).is_none() {
             let message = format!(
-                "dtype {:?} found, F32, F16 or BF16 expected to merge into",
+                "dtype {:?} found, F32, F16 or BF16 expected to change it",
                 tensor.dtype
             );
             return Err(Error::tensor(file, tensor.name, message));
@@ -268,12 +300,13 @@ fn write_shard(
                 stopped = Some(error);
                 return Err(std::io::ErrorKind::Interrupted.into());
             }
-            let update = updates.factors.get(tensor.name);
+            let change = changes.get(tensor.name);
             match (float(tensor.dtype), to(tensor)) {
-                (Some(from), Some(to)) if from != to || update.is_some() => {
+                (Some(from), Some(to)) if from != to || change.is_some() => {
                     let mut values = from.widen(tensor.bytes);
-                    if let Some(update) = update {
-                        update.add_to(&mut values);
+                    if let Some(Err(error)) = change.map(|change| change(&mut values)) {
+                        stopped = Some(error);
+                        return Err(std::io::ErrorKind::Interrupted.into());
                     }
                     w.write_all(&to.narrow(&values))?;
                 }

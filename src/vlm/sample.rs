@@ -51,9 +51,32 @@ pub struct Prepared {
     pub grid: Grid,
     /// Pictures in the family's own form.
     pub pictures: Pictures,
+    /// Tokens at the end that [`Prepared::pad`] added.
+    pub padding: usize,
 }
 
 impl Prepared {
+    /// Pads the sequence at its end to a multiple of `multiple` tokens, 0 for none. No real token sees what is added,
+    /// and none of it is learned.
+    pub fn pad(&mut self, multiple: usize) {
+        let length = match multiple {
+            0 => self.ids.len(),
+            _ => self.ids.len().next_multiple_of(multiple),
+        };
+        self.padding += length - self.ids.len();
+        self.ids.resize(length, 0);
+        self.labels
+            .resize(length, crate::ops::cross_entropy::IGNORE);
+        for answer in &mut self.answers {
+            answer.spans.resize(length, (0, 0));
+        }
+        if let Pictures::Mllama(prompt) = &mut self.pictures {
+            let last = prompt.image_bits.last().copied().unwrap_or(0);
+            prompt.encoded.ids.resize(length, 0);
+            prompt.image_bits.resize(length, last);
+        }
+    }
+
     /// Assembles a sample; `labels` are not shifted yet.
     pub(super) fn new(
         rendered: &Rendered,
@@ -74,12 +97,13 @@ impl Prepared {
             columns,
             grid,
             pictures,
+            padding: 0,
         }
     }
 
-    /// Number of tokens.
+    /// Number of tokens, without padding.
     pub fn tokens(&self) -> usize {
-        self.ids.len()
+        self.ids.len() - self.padding
     }
 
     /// Number of positions that a token is learned at.

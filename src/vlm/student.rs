@@ -71,6 +71,16 @@ impl Student {
         let rename = canonical(&model_type(dir)?);
         let checkpoint = Checkpoint::open(dir, "model")?.rename(rename);
         options.lora = options.lora.map(|lora| lora.rename(rename));
+        if let Some(pattern) = options
+            .freeze
+            .unmatched(&checkpoint.names().collect::<Vec<_>>())
+        {
+            return Err(Error::Config(format!(
+                "train.freeze: `{pattern}` matches no tensor of {}; expected `vision`, `connector`, `language`, \
+                 `layers.A-B` or a part of a tensor's name between dots",
+                dir.display()
+            )));
+        }
         Self::load(dir, &Loader::new(gpu, checkpoint, options))
     }
 
@@ -159,6 +169,14 @@ impl Student {
     /// The trainable tensors.
     pub fn parameters(&self) -> Parameters {
         self.parameters.clone()
+    }
+
+    /// Whether the output projection is the token table.
+    pub fn tied(&self) -> bool {
+        match &self.family {
+            Family::Idefics3 { model } => model.config().tied,
+            Family::Mllama { .. } => false,
+        }
     }
 
     /// Whether each layer is recomputed in the backward instead of keeping its activations.

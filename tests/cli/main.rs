@@ -6,6 +6,7 @@ mod devices;
 mod eval;
 mod merge;
 mod paint;
+mod resume;
 mod student;
 mod support;
 mod targets;

@@ -59,19 +59,35 @@ fn every_key_is_known_and_survives_writing() {
         alpha = 16
         dropout = 0.1
         target_modules = ["q_proj"]
+        exclude_modules = ["vision_model.q_proj"]
         [optimizer]
         lr = 3e-4
         betas = [0.8, 0.9]
         eps = 1e-6
         weight_decay = 0.01
         gamma = 1
+        aligner_lr = 1e-3
+        schedule = "cosine"
+        warmup_steps = 3
         grad_clip = 0
         [train]
+        mode = "lora"
+        freeze = ["vision", "layers.0-3"]
         batch = 2
+        accumulate = 3
+        checkpoint_activations = true
+        bucket = 64
+        keep = 2
+        early_stop = 3
         epochs = 5
         seed = 9
         precision = "f16"
         checkpoint_every = 10
+        [eval]
+        path = "e.json"
+        images = "ei"
+        targets = "et"
+        every = 20
         [init]
         lora = "l"
         aligner = "a.safetensors"
@@ -262,7 +278,7 @@ fn schedules_follow_their_formulas() {
     c.loss.schedule = LambdaSchedule::Exponential;
     c.loss.decay = 2.0;
     assert!((c.lambda(5, 10) - 10.0 * (-1.0f64).exp()).abs() < 1e-12);
-    assert!((c.learning_rate(2) - 1e-4 * 0.85 * 0.85).abs() < 1e-18);
+    assert!((c.learning_rate(9, 2, 10) - 1e-4 * 0.85 * 0.85).abs() < 1e-18);
     assert_eq!((c.steps_per_epoch(8), c.steps_per_epoch(9)), (2, 3));
 }
 

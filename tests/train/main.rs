@@ -10,6 +10,7 @@ mod metrics;
 mod predicted;
 mod pretrain;
 mod qlora;
+mod recipe;
 mod rundir;
 mod strategies;
 mod ten_steps;

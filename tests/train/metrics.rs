@@ -16,6 +16,7 @@ fn step(step: u64) -> StepMetrics {
         step_ms: 12.5,
         data_ms: 0.5,
         peak_bytes: 1 << 33,
+        ..StepMetrics::default()
     }
 }
 

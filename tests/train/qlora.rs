@@ -133,6 +133,8 @@ fn what_cannot_be_quantised_is_refused() {
     let broken = "model.text_model.layers.1.mlp.up_proj.weight";
     let mut config = Config::default();
     config.model.quantize = Quantize::Q8;
+    config.data.path = reference("train_smolvlm/data.jsonl");
+    config.data.images = Some(reference("mllama/images"));
     config.model.path = rewritten(
         &reference("smolvlm/a"),
         dir.path(),

@@ -97,7 +97,7 @@ pub fn config(family: &str, fixture: &Path, dir: &Path) -> Config {
     config
 }
 
-fn losses(fixture: &Path) -> Value {
+pub fn losses(fixture: &Path) -> Value {
     serde_json::from_str(&std::fs::read_to_string(fixture.join("losses.json")).unwrap()).unwrap()
 }
 
