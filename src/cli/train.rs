@@ -82,7 +82,7 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
     let drawn = is_drawn(&config);
     let config = with_files(config, &run, context)?;
     let mut training = Training::new(gpu, &config)?;
-    context.say(&training.estimate);
+    context.say(training.estimate);
     if let Some(advice) = training.estimate.advice() {
         context.say(format_args!(
             "that may not fit: {advice}; where memory runs out, a step goes on with smaller batches"

@@ -78,8 +78,9 @@ impl Optimizer {
         self.scale.as_ref().map(|scale| scale.narrow(0, 1))
     }
 
-    /// Updates every tensor that has a gradient at learning rate `lr`; returns the gradients' global
-    /// norm before clipping and the loss scale that they had, f32 `[2]`, or `None` when there was no gradient.
+    /// Updates every tensor that has a gradient at learning rate `lr`; returns the gradients' global norm before
+    /// clipping, f32 `[1]`, with a loss scale f32 `[2]`, the scale that they had beside it; `None` when there was no
+    /// gradient.
     ///
     /// An update with a norm that is not finite is skipped on the device, so the weights stay good; it still counts
     /// in the moments' bias correction. Nothing is updated where memory has run out: all that the update needs is
