@@ -1,12 +1,15 @@
 //! Products, convolutions, norms and losses on [`Var`].
 
 use super::Var;
-use crate::ops::binary::broadcast_to;
+use super::var::recording;
+use crate::ops::binary::{Binary, binary, broadcast_to};
+use crate::ops::cast::cast;
 use crate::ops::conv2d::{Conv2dOptions, conv2d, conv2d_grad_input, conv2d_grad_weight};
 use crate::ops::cross_entropy::{CrossEntropy, cross_entropy, cross_entropy_backward};
 use crate::ops::embedding::{embedding, embedding_backward};
 use crate::ops::group_norm::{group_norm, group_norm_backward};
 use crate::ops::layer_norm::{layer_norm, layer_norm_backward};
+use crate::ops::linear_cross_entropy::{LinearCrossEntropy, linear_cross_entropy};
 use crate::ops::matmul::{MatmulOptions, matmul, matmul_quantized};
 use crate::ops::reduce::{Reduce, reduce, reduce_as};
 use crate::ops::resize_bilinear::{resize_bilinear, resize_bilinear_backward};
@@ -221,18 +224,35 @@ impl Var {
             ))]
         })
     }
+
+    /// [`Var::cross_entropy`] of the logits self · weightᵀ, which are never all stored: self [N, in], weight
+    /// [vocabulary, in]. The gradients are computed with the loss.
+    pub fn linear_cross_entropy(&self, weight: &Var, labels: &Tensor, count: usize) -> Var {
+        let needs = [self, weight].map(|v| recording() && v.needs_grad());
+        let factor = 1.0 / count.max(1) as f32;
+        let LinearCrossEntropy { loss, dx, dw } =
+            linear_cross_entropy(self.value(), weight.value(), labels, factor, needs);
+        let dtypes = [self.dtype(), grad_dtype(weight.value())];
+        Var::from_op(
+            "linear_cross_entropy",
+            loss,
+            &[self, weight],
+            move |dy, _| {
+                let scaled = |(g, dtype): (Option<Tensor>, _)| {
+                    g.map(|g| cast(&binary(&g, dy, Binary::Mul), dtype))
+                };
+                [dx, dw].into_iter().zip(dtypes).map(scaled).collect()
+            },
+        )
+    }
 }
 
 /// Gradient of the right operand: aᵀ·dy, or dyᵀ·a where it was transposed; batches that shared an
-/// unbatched operand are summed. In the operand's dtype: trainable weights get f32.
+/// unbatched operand are summed.
 fn grad_right(a: &Tensor, dy: &Tensor, b: &Tensor, trans_b: bool) -> Tensor {
-    let output = match b.dtype() {
-        DType::F16 => DType::F16,
-        _ => DType::F32,
-    };
     let options = MatmulOptions {
         trans_a: true,
-        output: Some(output),
+        output: Some(grad_dtype(b)),
         ..Default::default()
     };
     let flat = |t: &Tensor| t.reshape(&[t.elements() / t.last_dim(), t.last_dim()]);
@@ -243,6 +263,14 @@ fn grad_right(a: &Tensor, dy: &Tensor, b: &Tensor, trans_b: bool) -> Tensor {
     match trans_b {
         true => matmul(&dy, &a, &options),
         false => matmul(&a, &dy, &options),
+    }
+}
+
+/// The dtype of a weight's gradient: trainable weights get f32.
+fn grad_dtype(weight: &Tensor) -> DType {
+    match weight.dtype() {
+        DType::F16 => DType::F16,
+        _ => DType::F32,
     }
 }
 

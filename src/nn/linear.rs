@@ -4,7 +4,7 @@ use super::loader::{Init, Loader};
 use super::lora::Lora;
 use crate::autograd::{Var, enter_layer};
 use crate::error::Result;
-use crate::tensor::QuantizedMatrix;
+use crate::tensor::{QuantizedMatrix, Tensor};
 
 /// W [outputs, inputs].
 enum Weight {
@@ -53,6 +53,17 @@ impl Linear {
             weight: Weight::Float(weight),
             bias,
             lora: None,
+        }
+    }
+
+    /// Mean cross-entropy of the outputs with `labels` u32 `[N]`, as [`Var::cross_entropy`]: x [N, inputs] → `[1]`.
+    pub fn cross_entropy(&self, x: &Var, labels: &Tensor, count: usize) -> Var {
+        match (&self.weight, &self.bias, &self.lora) {
+            (Weight::Float(weight), None, None) => {
+                enter_layer(&self.name);
+                x.linear_cross_entropy(weight, labels, count)
+            }
+            _ => self.forward(x).cross_entropy(labels, count),
         }
     }
 

@@ -20,6 +20,7 @@ pub mod grad_norm;
 pub mod group_norm;
 pub mod in_place;
 pub mod layer_norm;
+pub mod linear_cross_entropy;
 pub mod loss_scale;
 pub mod matmul;
 pub mod permute;

@@ -107,8 +107,10 @@ impl Objective {
         let width = output.hidden.value().last_dim();
         let tokens = output.hidden.value().elements() / width;
         let hidden = output.hidden.reshape(&[tokens, width]);
-        let logits = self.student.logits(&hidden.gather_rows(&batch.label_rows));
-        let lm = logits.cross_entropy(&batch.labels, batch.label_count);
+        let learned = hidden.gather_rows(&batch.label_rows);
+        let lm = self
+            .student
+            .next_token_loss(&learned, &batch.labels, batch.label_count);
         let attention = batch.targets.as_ref().map(|targets| {
             let loss = |taps: &[Var]| {
                 let maps = self.maps_of(gpu, taps, examples, batch);

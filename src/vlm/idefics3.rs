@@ -223,6 +223,11 @@ impl Idefics3 {
         self.head.forward(hidden)
     }
 
+    /// Mean next-token loss of hidden states [N, hidden], as [`Var::cross_entropy`] of their logits.
+    pub fn next_token_loss(&self, hidden: &Var, labels: &Tensor, count: usize) -> Var {
+        self.head.cross_entropy(hidden, labels, count)
+    }
+
     fn run(
         &self,
         mut x: Var,

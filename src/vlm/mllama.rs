@@ -298,6 +298,11 @@ impl Mllama {
         self.head.forward(hidden)
     }
 
+    /// Mean next-token loss of hidden states [N, hidden], as [`Var::cross_entropy`] of their logits.
+    pub fn next_token_loss(&self, hidden: &Var, labels: &Tensor, count: usize) -> Var {
+        self.head.cross_entropy(hidden, labels, count)
+    }
+
     /// Reads a prompt into a new cache; hidden states `[1, tokens, hidden]`.
     pub fn prefill(&self, input: MllamaInput<'_>) -> (Var, MllamaCache) {
         let (inputs, tokens) = ([input], input.ids.len());

@@ -246,6 +246,15 @@ impl Student {
         }
     }
 
+    /// Mean next-token loss of hidden states [N, hidden], as [`Var::cross_entropy`] of their logits, which are never all
+    /// stored.
+    pub fn next_token_loss(&self, hidden: &Var, labels: &Tensor, count: usize) -> Var {
+        match &self.family {
+            Family::Idefics3 { model } => model.next_token_loss(hidden, labels, count),
+            Family::Mllama { model } => model.next_token_loss(hidden, labels, count),
+        }
+    }
+
     /// Logits of every prompt token on the host, `[tokens, vocabulary]` flattened.
     ///
     /// # Errors

@@ -19,6 +19,7 @@ mod grad_norm;
 mod group_norm;
 mod in_place;
 mod layer_norm;
+mod linear_cross_entropy;
 mod loss_scale;
 mod matmul;
 mod matmul_quantized;

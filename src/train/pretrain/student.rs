@@ -83,10 +83,10 @@ impl StudentRecipe {
             let hidden = student.forward(&samples, None)?.hidden;
             let (tokens, width) = (hidden.dim(0) * hidden.dim(1), hidden.dim(2));
             let rows = Tensor::from_u32(gpu, &rows, &[rows.len()]);
-            let logits = student.logits(&hidden.reshape(&[tokens, width]).gather_rows(&rows));
+            let hidden = hidden.reshape(&[tokens, width]).gather_rows(&rows);
             let count = labels.len();
             let labels = Tensor::from_u32(gpu, &labels, &[count]);
-            let loss = logits.cross_entropy(&labels, count);
+            let loss = student.next_token_loss(&hidden, &labels, count);
             trainer.step(&loss.backward());
             losses.push(gpu, step as u64, loss.value().read_later())?;
         }
