@@ -7,6 +7,9 @@
 // segments. Row form (a's rows are contiguous along k): row → (image, y, x) gives the row's address,
 // a segment adds `segment_stride`. COLUMN form (contiguous along m): a segment is (image, y), k within
 // it steps by `stride_x`, and m is cut into runs of contiguous rows.
+//
+// SUBGROUP (row form, subgroups of 8): a's elements are loaded by one thread each and broadcast, where a load that is
+// the same for all threads would check its bounds once for each component.
 #ifdef C_F16
 alias CElem = f16;
 #else
@@ -56,6 +59,17 @@ struct Params {
 var<immediate> p: Params;
 
 const ROWS = 16u;
+#ifdef SUBGROUP
+// Rows whose elements a thread loads: two for itself, handed round in the subgroup that the workgroup is.
+const HELD = 2u;
+#else
+const HELD = ROWS;
+#endif
+
+fn terms(sum: vec4<f32>, av: vec4<f32>, bx: vec4<f32>, by: vec4<f32>, bz: vec4<f32>, bw: vec4<f32>) -> vec4<f32> {
+    let two = fma(vec4<f32>(av.y), by, fma(vec4<f32>(av.x), bx, sum));
+    return fma(vec4<f32>(av.w), bw, fma(vec4<f32>(av.z), bz, two));
+}
 
 @compute @workgroup_size(8)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
@@ -103,10 +117,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
     }
 #else
-    var rows: array<u32, ROWS>;
-    for (var r = 0u; r < ROWS; r++) {
+    var rows: array<u32, HELD>;
+    for (var r = 0u; r < HELD; r++) {
         // Rows past the end repeat the last one; they are not stored.
+#ifdef SUBGROUP
+        let row = min(group.x * ROWS + 8u * r + lane, p.m - 1u);
+#else
         let row = min(group.x * ROWS + r, p.m - 1u);
+#endif
         let line = row / p.size_x;
         rows[r] = a0 + (row % p.size_x) * p.stride_x + (line % p.size_y) * p.stride_y
             + (line / p.size_y) * p.stride_image;
@@ -120,13 +138,30 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             let by = b[b_at + p.b_row];
             let bz = b[b_at + 2u * p.b_row];
             let bw = b[b_at + 3u * p.b_row];
+#ifdef SUBGROUP
+            let upper = a[rows[0] + a_at];
+            let lower = a[rows[1] + a_at];
+            sum[0] = terms(sum[0], subgroupBroadcast(upper, 0u), bx, by, bz, bw);
+            sum[1] = terms(sum[1], subgroupBroadcast(upper, 1u), bx, by, bz, bw);
+            sum[2] = terms(sum[2], subgroupBroadcast(upper, 2u), bx, by, bz, bw);
+            sum[3] = terms(sum[3], subgroupBroadcast(upper, 3u), bx, by, bz, bw);
+            sum[4] = terms(sum[4], subgroupBroadcast(upper, 4u), bx, by, bz, bw);
+            sum[5] = terms(sum[5], subgroupBroadcast(upper, 5u), bx, by, bz, bw);
+            sum[6] = terms(sum[6], subgroupBroadcast(upper, 6u), bx, by, bz, bw);
+            sum[7] = terms(sum[7], subgroupBroadcast(upper, 7u), bx, by, bz, bw);
+            sum[8] = terms(sum[8], subgroupBroadcast(lower, 0u), bx, by, bz, bw);
+            sum[9] = terms(sum[9], subgroupBroadcast(lower, 1u), bx, by, bz, bw);
+            sum[10] = terms(sum[10], subgroupBroadcast(lower, 2u), bx, by, bz, bw);
+            sum[11] = terms(sum[11], subgroupBroadcast(lower, 3u), bx, by, bz, bw);
+            sum[12] = terms(sum[12], subgroupBroadcast(lower, 4u), bx, by, bz, bw);
+            sum[13] = terms(sum[13], subgroupBroadcast(lower, 5u), bx, by, bz, bw);
+            sum[14] = terms(sum[14], subgroupBroadcast(lower, 6u), bx, by, bz, bw);
+            sum[15] = terms(sum[15], subgroupBroadcast(lower, 7u), bx, by, bz, bw);
+#else
             for (var r = 0u; r < ROWS; r++) {
-                let av = a[rows[r] + a_at];
-                sum[r] = fma(vec4<f32>(av.x), bx, sum[r]);
-                sum[r] = fma(vec4<f32>(av.y), by, sum[r]);
-                sum[r] = fma(vec4<f32>(av.z), bz, sum[r]);
-                sum[r] = fma(vec4<f32>(av.w), bw, sum[r]);
+                sum[r] = terms(sum[r], a[rows[r] + a_at], bx, by, bz, bw);
             }
+#endif
             a_at += 1u;
             b_at += 4u * p.b_row;
         }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::GpuOptions;
 use crate::error::{Error, Result};
@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 pub const IMMEDIATE_BYTES: u32 = 128;
 
 /// What the opened adapter can do, decided once.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Tier {
     /// The adapter's name as the driver gives it.
     pub name: String,
@@ -218,12 +218,14 @@ fn choose(adapters: Vec<wgpu::Adapter>, wanted: Option<&str>) -> Result<wgpu::Ad
 
 pub(super) fn open(options: &GpuOptions) -> Result<(wgpu::Device, wgpu::Queue, Tier)> {
     let adapter = choose(adapters(), options.adapter.as_deref())?;
-    let tier = tier(&adapter);
-    let wanted = wgpu::Features::IMMEDIATES
-        | wgpu::Features::SHADER_F16
-        | wgpu::Features::SUBGROUP
+    let mut tier = tier(&adapter);
+    let mut wanted = wgpu::Features::IMMEDIATES
         | wgpu::Features::TIMESTAMP_QUERY
         | wgpu::Features::PIPELINE_CACHE;
+    match options.portable {
+        true => (tier.f16, tier.subgroup, tier.cooperative_matrix) = (false, false, false),
+        false => wanted |= wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP,
+    }
     let limits = adapter.limits();
     let request = wgpu::DeviceDescriptor {
         label: Some("lavender-wgpu"),

@@ -43,11 +43,12 @@ pub(crate) struct RowsParams {
     pub has_residual: u32,
 }
 
-/// The kernel in row form, or in column form (`a` contiguous along m).
-pub(crate) fn kernel(column: bool, c: DType) -> Kernel {
+/// The kernel in row form, in subgroups of 8 where `broadcast`, or in column form (`a` contiguous along m).
+fn kernel(column: bool, broadcast: bool, c: DType) -> Kernel {
     let f16 = c == DType::F16;
     Kernel::new("matmul_rows")
         .flag("COLUMN", column)
+        .flag("SUBGROUP", broadcast)
         .flag("F16", f16)
         .flag("C_F16", f16)
 }
@@ -75,7 +76,10 @@ pub(crate) fn product(
     };
     // Absent operands are bound to something; the flags keep them unread.
     let tensors = [a, b, c, bias.unwrap_or(a), residual.unwrap_or(a)];
-    dispatch_work(&kernel(column, c.dtype()), &tensors, &params, groups, work);
+    let tier = a.gpu().tier();
+    let broadcast = !column && tier.subgroup && tier.subgroup_size == (8, 8);
+    let kernel = kernel(column, broadcast, c.dtype());
+    dispatch_work(&kernel, &tensors, &params, groups, work);
 }
 
 /// Parts to cut a sum of `k` terms into so that `groups` workgroups become enough for many cores.
@@ -245,7 +249,8 @@ pub(crate) fn pack_limit(t: &Tensor) -> usize {
 pub(crate) fn variants() -> Vec<Kernel> {
     let mut kernels = Vec::new();
     for dtype in [DType::F32, DType::F16] {
-        kernels.extend([kernel(false, dtype), kernel(true, dtype)]);
+        let forms = [(false, false), (false, true), (true, false)];
+        kernels.extend(forms.map(|(column, broadcast)| kernel(column, broadcast, dtype)));
     }
     kernels.extend([DType::F32, DType::F16, DType::Bf16].map(pack_kernel));
     for kind in [Quantization::Q8, Quantization::Q4] {

@@ -28,7 +28,10 @@ struct Params {
     epilogue: Epilogue,
 }
 
-/// Whether the CPU kernel needs `b` in panels: it reads f32 rows along n in whole vec4s.
+/// Rows of `a` from which packing `b` pays: rows that are a power of two apart share a cache's few places.
+const PACKED_ROWS: usize = 256;
+
+/// Whether the CPU kernel takes `b` in panels: it reads f32 rows along n in whole vec4s, and packing many costs little.
 pub(super) fn packs_b(o: &Operands<'_>, g: &Geometry) -> bool {
     o.variant == Variant::Rows
         && (o.options.trans_b
@@ -36,7 +39,8 @@ pub(super) fn packs_b(o: &Operands<'_>, g: &Geometry) -> bool {
             || ![g.ldb, g.b_start, g.b_batch]
                 .iter()
                 .all(|v| v.is_multiple_of(4))
-            || !(o.options.trans_a || g.k.is_multiple_of(4)))
+            || !(o.options.trans_a || g.k.is_multiple_of(4))
+            || g.m >= PACKED_ROWS)
 }
 
 /// Whether it needs `a` in padded f32 rows (kept in column form when transposed).
