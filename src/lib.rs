@@ -5,6 +5,7 @@
 
 pub mod align;
 pub mod autograd;
+pub mod bench;
 pub mod cli;
 pub mod data;
 pub mod diffusion;

@@ -103,17 +103,22 @@ impl Context {
         })
     }
 
+    /// How the GPU is opened.
+    pub(super) fn gpu_options(&self) -> GpuOptions {
+        GpuOptions {
+            adapter: self.common.adapter.clone(),
+            max_bytes: self.common.max_memory.map(|Bytes(bytes)| bytes),
+            profile: self.common.profile,
+            ..GpuOptions::default()
+        }
+    }
+
     /// The GPU that `--adapter` asks for, opened at the first call; its tier is logged in one line.
     pub fn gpu(&self) -> Result<&Gpu> {
         if let Some(gpu) = self.gpu.get() {
             return Ok(gpu);
         }
-        let gpu = Gpu::new(&GpuOptions {
-            adapter: self.common.adapter.clone(),
-            max_bytes: self.common.max_memory.map(|Bytes(bytes)| bytes),
-            profile: self.common.profile,
-            ..GpuOptions::default()
-        })?;
+        let gpu = Gpu::new(&self.gpu_options())?;
         self.say(gpu.tier());
         Ok(self.gpu.get_or_init(|| gpu))
     }

@@ -15,6 +15,7 @@ mod student;
 
 pub mod ask;
 pub mod attention;
+pub mod bench;
 pub mod data;
 pub mod devices;
 pub mod eval;
@@ -56,6 +57,8 @@ pub struct Cli {
 pub enum Command {
     /// Write the word maps of one image and text
     Attention(attention::Args),
+    /// Measure this adapter's speed, or compare machines
+    Bench(bench::Args),
     /// Look at a data set before training on it
     Data(data::Args),
     /// List the adapters of this machine, their drivers, tiers and limits
@@ -80,6 +83,7 @@ impl Command {
     fn run(&self, context: &Context) -> Result<()> {
         match self {
             Self::Attention(args) => attention::run(args, context),
+            Self::Bench(args) => bench::run(args, context),
             Self::Data(args) => data::run(args, context),
             Self::Devices(args) => devices::run(args, context),
             Self::Generate(args) => generate::run(args, context),

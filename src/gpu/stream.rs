@@ -34,6 +34,8 @@ pub(crate) struct Stream {
     encoder: Option<wgpu::CommandEncoder>,
     pass: Option<wgpu::ComputePass<'static>>,
     dispatches: u32,
+    /// Since the GPU was opened.
+    dispatched: u64,
     work: u64,
     bind_groups: HashMap<BindKey, wgpu::BindGroup>,
     in_flight: VecDeque<wgpu::SubmissionIndex>,
@@ -48,6 +50,7 @@ impl Stream {
             encoder: None,
             pass: None,
             dispatches: 0,
+            dispatched: 0,
             work: 0,
             bind_groups: HashMap::new(),
             in_flight: VecDeque::new(),
@@ -176,12 +179,18 @@ impl Gpu {
         let full = profiler.full();
         drop(profiler);
         stream.dispatches += 1;
+        stream.dispatched += 1;
         stream.work += work.max(10_000);
         let flush = full || stream.dispatches >= DISPATCHES || stream.work >= stream.budget();
         drop(stream);
         if flush {
             self.flush();
         }
+    }
+
+    /// Dispatches recorded since the GPU was opened.
+    pub fn dispatches(&self) -> u64 {
+        lock(&self.inner().stream).dispatched
     }
 
     /// Records a buffer copy in stream order; offsets and sizes are multiples of 4.

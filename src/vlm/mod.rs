@@ -16,7 +16,11 @@ mod sample;
 mod siglip;
 mod student;
 
+pub use decoder::Rope;
 pub use generate::{Generated, Sampling};
+pub use idefics3::{Idefics3, Idefics3Config, Idefics3Input};
+pub use idefics3_config::SiglipConfig;
+pub use idefics3_processor::Tiles;
 pub use prepare::Processor;
 pub use sample::{Answer, Grid, Pictures, Prepared};
 pub use student::{Output, Student, Taps};
