@@ -3,8 +3,6 @@
 use std::path::{Path, PathBuf};
 
 use super::{Context, Progress, targets};
-use crate::align::picture::{WordMaps, save_png, word_sheet};
-use crate::data::DataSet;
 use crate::data::drawn::write as scenes_on_disk;
 use crate::data::scenes::{Scene, SceneSet, Split};
 use crate::eval::drawn::{Figures, figures};
@@ -13,13 +11,10 @@ use crate::train::checkpoint::Checkpoint;
 use crate::train::config::Mode;
 use crate::train::config::{Config, EMBEDDED};
 use crate::train::metrics::{EvalMetrics, StepMetrics};
-use crate::train::objective::WordSheet;
 use crate::train::recipe::{Observer, Training};
 use crate::train::rundir::RunDir;
 use crate::{Result, embedded};
 
-/// Samples whose map pictures are drawn.
-const PICTURES: usize = 6;
 /// Seed of the embedded data set; the mini models were trained on scenes of others.
 const SCENES_SEED: u64 = 20;
 /// Scenes of the embedded training set.
@@ -96,8 +91,7 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
     };
     // Before the weights of a checkpoint are put back, a resumed run stands where it once began.
     let before = measure(gpu, &training, &test, "before", context)?;
-    let pictures = pictures(&training);
-    let maps_before = sheets(gpu, &training, &pictures)?;
+    training.keep_maps(gpu)?;
     if let Some(from) = &from {
         training.restore(from)?;
         context.say(format_args!("going on at step {}", from.step));
@@ -111,10 +105,6 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
     watch.progress.skip(from.map_or(0, |f| f.step as usize));
     training.run(gpu, &run, &mut watch)?;
     drop(watch);
-    let maps_after = sheets(gpu, &training, &pictures)?;
-    for ((&index, before), after) in pictures.iter().zip(&maps_before).zip(&maps_after) {
-        draw(&run, &training, index, before, after)?;
-    }
     if let (Some(before), Some(after)) = (before, measure(gpu, &training, &test, "after", context)?)
     {
         table(context, before, after)?;
@@ -211,47 +201,6 @@ pub(super) fn embedded_scenes(dir: &Path) -> Result<(PathBuf, PathBuf)> {
 /// Whether the data set is the embedded one.
 fn is_drawn(config: &Config) -> bool {
     config.data.mixture.is_empty() && config.data.path == Path::new(EMBEDDED)
-}
-
-/// The first samples, those with targets first come.
-fn pictures(training: &Training) -> Vec<usize> {
-    (0..training.data().samples.len().min(PICTURES)).collect()
-}
-
-fn sheets(gpu: &Gpu, training: &Training, indices: &[usize]) -> Result<Vec<Option<WordSheet>>> {
-    indices.iter().map(|&i| training.maps(gpu, i)).collect()
-}
-
-fn draw(
-    run: &RunDir,
-    training: &Training,
-    index: usize,
-    before: &Option<WordSheet>,
-    after: &Option<WordSheet>,
-) -> Result<()> {
-    let (Some(before), Some(after)) = (before, after) else {
-        return Ok(());
-    };
-    let data: &DataSet = training.data();
-    let sample = &data.samples[index];
-    let cells = before.maps.len() / before.words.len().max(1);
-    let rows: Vec<WordMaps<'_>> = before
-        .words
-        .iter()
-        .enumerate()
-        .map(|(w, word)| {
-            let part = w * cells..(w + 1) * cells;
-            WordMaps {
-                word,
-                target: before.targets.get(part.clone()),
-                before: before.maps.get(part.clone()),
-                after: after.maps.get(part),
-            }
-        })
-        .collect();
-    let sheet = word_sheet(&sample.image.open()?, &rows);
-    let name = crate::align::picture::file_stem(&sample.id);
-    save_png(run.maps().join(format!("{name}.png")), &sheet)
 }
 
 fn measure(

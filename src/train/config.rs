@@ -239,12 +239,16 @@ pub struct Init {
 }
 
 /// `[run]`
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Run {
     /// Run directory; default the first free one of `runs/001`, `runs/002` …
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dir: Option<PathBuf>,
+    /// Samples whose word maps are drawn, 0 for none; default 6.
+    pub pictures: usize,
+    /// Steps between drawings of them, 0 for one at the end only; default 0.
+    pub pictures_every: u64,
 }
 
 /// Every key, for messages about unknown ones.
@@ -318,6 +322,8 @@ pub const KEYS: &[&str] = &[
     "init.lora",
     "init.aligner",
     "run.dir",
+    "run.pictures",
+    "run.pictures_every",
 ];
 
 impl Default for Model {
@@ -430,6 +436,16 @@ impl Default for Lora {
             target_modules: vec!["q_proj".into(), "v_proj".into()],
             exclude_modules: Vec::new(),
             use_rslora: false,
+        }
+    }
+}
+
+impl Default for Run {
+    fn default() -> Self {
+        Self {
+            dir: None,
+            pictures: 6,
+            pictures_every: 0,
         }
     }
 }

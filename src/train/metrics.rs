@@ -1,4 +1,5 @@
-//! `metrics.jsonl`: one line a step, with figures from before the step's update; `eval.jsonl`: one an evaluation.
+//! `metrics.jsonl`: one line a step, with figures from before the step's update; `eval.jsonl`: one an
+//! evaluation; `maps.jsonl`: one a drawing of word maps.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -67,6 +68,21 @@ pub struct EvalMetrics {
     pub best: bool,
 }
 
+/// The figures of the word maps of a few samples, as they are drawn.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct MapMetrics {
+    /// Updates done before.
+    pub step: u64,
+    /// Word maps that are counted.
+    pub words: u64,
+    /// Mean entropy in nats of the attention on the image, a mean over layers and heads.
+    pub entropy: f64,
+    /// Mean entropy of the targets.
+    pub target_entropy: f64,
+    /// Mean squared error of the aligned maps.
+    pub distance: f64,
+}
+
 /// A line of a log.
 pub trait Line: Serialize + DeserializeOwned {
     /// What it is called in messages.
@@ -85,6 +101,14 @@ impl Line for StepMetrics {
 
 impl Line for EvalMetrics {
     const NAME: &'static str = "an evaluation's metrics";
+
+    fn done(&self) -> u64 {
+        self.step
+    }
+}
+
+impl Line for MapMetrics {
+    const NAME: &'static str = "the figures of word maps";
 
     fn done(&self) -> u64 {
         self.step

@@ -11,6 +11,7 @@ pub mod memory;
 pub mod metrics;
 pub mod objective;
 pub mod optimizer;
+pub mod pictures;
 mod predicted;
 pub mod pretrain;
 pub mod recipe;

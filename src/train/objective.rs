@@ -3,7 +3,7 @@
 use super::batch::{Batch, Example};
 use super::config::Config;
 use crate::align::aligner::{Aligner, AlignerShape};
-use crate::align::loss::{aligned, attention_loss};
+use crate::align::loss::{aligned, attention_loss, mean_mean};
 use crate::align::maps::{SampleWords, word_maps};
 use crate::align::options::WordSource;
 use crate::autograd::{Var, no_grad};
@@ -49,8 +49,18 @@ pub struct WordSheet {
     pub words: Vec<String>,
     /// The student's maps.
     pub maps: Vec<f32>,
+    /// The attention that they are made of: its mean over the aligned layers and their heads.
+    pub attention: Vec<f32>,
     /// The teacher's.
     pub targets: Vec<f32>,
+}
+
+impl WordSheet {
+    /// The part of `values`, which are [words, R·R], that belongs to the word at `place`.
+    pub fn part<'a>(&self, values: &'a [f32], place: usize) -> Option<&'a [f32]> {
+        let cells = values.len() / self.words.len().max(1);
+        values.get(place * cells..(place + 1) * cells)
+    }
 }
 
 impl Objective {
@@ -153,10 +163,12 @@ impl Objective {
         };
         no_grad(|| {
             let output = self.student.forward(&[&example.prepared], Some(&taps))?;
-            let maps = self.maps_of(gpu, &output.taps, &[example], &batch);
+            let layers = layer_maps(gpu, &output.taps, &[example], &batch);
+            let maps = self.joined(&layers, &[example]);
             Ok(Some(WordSheet {
                 words: example.words.words.clone(),
                 maps: maps.value().to_f32()?,
+                attention: mean_mean(&layers).value().to_f32()?,
                 targets: example.targets.clone(),
             }))
         })
@@ -173,16 +185,24 @@ impl Objective {
 
     /// One map [R·R] in 0…1 for each word of the batch, from each layer's tap.
     fn maps_of(&self, gpu: &Gpu, taps: &[Var], examples: &[&Example], batch: &Batch) -> Var {
-        let samples: Vec<(&SampleWords, Grid)> = examples
-            .iter()
-            .zip(&batch.grids)
-            .map(|(e, &grid)| (&e.words, grid))
-            .collect();
-        let maps: Vec<Var> = taps
-            .iter()
-            .filter_map(|tap| word_maps(gpu, tap, &samples))
-            .collect();
-        let words: Vec<usize> = examples.iter().map(|e| e.words.words.len()).collect();
-        aligned(&maps, &words, &self.config.aggregation(), &self.aligner)
+        self.joined(&layer_maps(gpu, taps, examples, batch), examples)
     }
+
+    /// One map of each word from those of each layer.
+    fn joined(&self, layers: &[Var], examples: &[&Example]) -> Var {
+        let words: Vec<usize> = examples.iter().map(|e| e.words.words.len()).collect();
+        aligned(layers, &words, &self.config.aggregation(), &self.aligner)
+    }
+}
+
+/// The words' maps [words, R, R, heads] of each layer's tap.
+fn layer_maps(gpu: &Gpu, taps: &[Var], examples: &[&Example], batch: &Batch) -> Vec<Var> {
+    let samples: Vec<(&SampleWords, Grid)> = examples
+        .iter()
+        .zip(&batch.grids)
+        .map(|(e, &grid)| (&e.words, grid))
+        .collect();
+    taps.iter()
+        .filter_map(|tap| word_maps(gpu, tap, &samples))
+        .collect()
 }

@@ -8,6 +8,7 @@
 //! not finite is skipped on the device, so the weights that the message speaks of are good ones. Where memory runs
 //! out, the step begins again with half the micro-batch.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -20,9 +21,10 @@ use super::evaluation::{Best, evaluate, loaders};
 use super::events::EventWriter;
 use super::loader::Loader;
 use super::memory::Estimate;
-use super::metrics::{EvalMetrics, Log, MetricsLog, StepMetrics};
+use super::metrics::{EvalMetrics, Log, MapMetrics, MetricsLog, StepMetrics};
 use super::objective::{Objective, Weights, WordSheet};
 use super::optimizer::Optimizer;
+use super::pictures::Pictures;
 use super::rundir::RunDir;
 use super::trained::Trained;
 use crate::autograd::{Gradients, Var, find_non_finite};
@@ -58,6 +60,8 @@ pub struct Training {
     config: Config,
     trained: Trained,
     optimizer: Optimizer,
+    /// The samples whose word maps are drawn.
+    pictures: Pictures,
     /// Updates done.
     step: u64,
     state: State,
@@ -75,6 +79,7 @@ struct State {
 struct Logs {
     metrics: MetricsLog,
     evaluations: Log<EvalMetrics>,
+    maps: Log<MapMetrics>,
     events: EventWriter,
     total: u64,
 }
@@ -132,6 +137,7 @@ impl Training {
             loader,
             held_out,
             trained,
+            pictures: Pictures::default(),
             step: 0,
             state: State {
                 micro: config.train.batch,
@@ -155,6 +161,20 @@ impl Training {
         Ok(())
     }
 
+    /// Keeps the word maps of `run.pictures` samples as they are now; [`Self::run`] draws later ones beside them.
+    ///
+    /// # Errors
+    /// A bad sample or a GPU fault.
+    pub fn keep_maps(&mut self, gpu: &Gpu) -> Result<()> {
+        self.pictures = Pictures::new(gpu, self, self.config.run.pictures)?;
+        Ok(())
+    }
+
+    /// Updates done.
+    pub fn steps_done(&self) -> u64 {
+        self.step
+    }
+
     /// Number of steps in an epoch.
     pub fn steps_per_epoch(&self) -> u64 {
         self.loader.steps_per_epoch()
@@ -175,9 +195,13 @@ impl Training {
         let mut logs = Logs {
             metrics: MetricsLog::open(run.metrics(), self.step)?,
             evaluations: Log::open(run.evaluations(), self.step)?,
+            maps: Log::open(run.map_figures(), self.step)?,
             events: EventWriter::create(run.root(), self.step)?,
             total,
         };
+        if let Some(before) = self.pictures.before().filter(|_| self.step == 0) {
+            logs.maps.append(&before)?;
+        }
         let mut pending: Option<Pending> = None;
         let mut examples = self
             .loader
@@ -196,11 +220,12 @@ impl Training {
                 p.metrics.step_ms = started.elapsed().as_secs_f64() * 1e3;
             }
             let stop = observer.interrupted();
-            let (evaluating, saving) = (
+            let (evaluating, saving, drawing) = (
                 self.due(self.config.eval.every),
                 self.due(self.config.train.checkpoint_every),
+                self.due(self.config.run.pictures_every),
             );
-            if !(stop || evaluating || saving || self.step == total) {
+            if !(stop || evaluating || saving || drawing || self.step == total) {
                 continue;
             }
             if let Some(done) = pending.take() {
@@ -211,7 +236,11 @@ impl Training {
             if stop || saving || best || self.step == total || self.stopped_early() {
                 self.save(run)?;
             }
+            if drawing {
+                self.draw(gpu, &run.maps_at(self.step), &mut logs)?;
+            }
             if stop && self.step < total {
+                self.draw(gpu, &run.maps(), &mut logs)?;
                 return Err(Error::Interrupted);
             }
         }
@@ -223,8 +252,23 @@ impl Training {
                 run.checkpoints().join(format!("step-{best}")).display()
             ));
         }
-        self.trained
-            .publish(run.root(), &self.objective, &self.config.model.path)
+        let base = &self.config.model.path;
+        self.trained.publish(run.root(), &self.objective, base)?;
+        self.draw(gpu, &run.maps(), &mut logs)
+    }
+
+    /// Draws the word maps as they are now, beside those that were kept.
+    fn draw(&self, gpu: &Gpu, dir: &Path, logs: &mut Logs) -> Result<()> {
+        let Some(figures) = self.pictures.draw(gpu, self, dir)? else {
+            return Ok(());
+        };
+        let step = self.step;
+        logs.maps.append(&MapMetrics { step, ..figures })?;
+        let scalars = [
+            ("maps/entropy", figures.entropy),
+            ("maps/distance", figures.distance),
+        ];
+        logs.events.scalars(step, &scalars)
     }
 
     /// Whether something done every so many steps is due; never for 0.

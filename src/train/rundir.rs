@@ -39,12 +39,8 @@ impl RunDir {
             }
             None => first_free(Path::new(ROOT))?,
         };
-        let config = Config {
-            run: super::config::Run {
-                dir: Some(root.clone()),
-            },
-            ..config.clone()
-        };
+        let mut config = config.clone();
+        config.run.dir = Some(root.clone());
         files::write_bytes(root.join("config.toml"), config.to_toml()?.as_bytes())?;
         Ok(Self { root })
     }
@@ -53,6 +49,17 @@ impl RunDir {
     ///
     /// What a killed program left half-written is removed. Errors: no run there.
     pub fn open(root: impl AsRef<Path>) -> Result<(Self, Config, Option<Checkpoint>)> {
+        let (run, config) = Self::read(root)?;
+        checkpoint::clean(&run.checkpoints())?;
+        let last = checkpoint::last_whole(&run.checkpoints())?;
+        Ok((run, config, last))
+    }
+
+    /// A run as it is, for looking: its configuration. Nothing is changed, so it may be one that is going on.
+    ///
+    /// # Errors
+    /// No run there.
+    pub fn read(root: impl AsRef<Path>) -> Result<(Self, Config)> {
         let root = root.as_ref().to_path_buf();
         if !root.is_dir() {
             fs::read_dir(&root).map_err(|e| Error::io(&root, e))?;
@@ -65,10 +72,7 @@ impl RunDir {
             ));
         }
         let config = Config::load(&path, &[])?;
-        let run = Self { root };
-        checkpoint::clean(&run.checkpoints())?;
-        let last = checkpoint::last_whole(&run.checkpoints())?;
-        Ok((run, config, last))
+        Ok((Self { root }, config))
     }
 
     /// Writes the configuration that the run goes on with.
@@ -114,9 +118,29 @@ impl RunDir {
         self.root.join("aligner.safetensors")
     }
 
-    /// `maps/`
+    /// `maps/`: word maps as they were last.
     pub fn maps(&self) -> PathBuf {
         self.root.join("maps")
+    }
+
+    /// `maps/step-N/`: word maps after `step` updates.
+    pub fn maps_at(&self, step: u64) -> PathBuf {
+        self.maps().join(format!("step-{step}"))
+    }
+
+    /// `maps.jsonl`
+    pub fn map_figures(&self) -> PathBuf {
+        self.root.join("maps.jsonl")
+    }
+
+    /// `run.json`
+    pub fn record(&self) -> PathBuf {
+        self.root.join("run.json")
+    }
+
+    /// `report.html`
+    pub fn report(&self) -> PathBuf {
+        self.root.join("report.html")
     }
 }
 

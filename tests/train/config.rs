@@ -93,6 +93,8 @@ fn every_key_is_known_and_survives_writing() {
         aligner = "a.safetensors"
         [run]
         dir = "r"
+        pictures = 3
+        pictures_every = 50
     "#;
     let config = parse(text, &[]).unwrap();
     assert_eq!(config.attention.layers, Layers::List(vec![3, 5]));

@@ -6,7 +6,7 @@ use std::path::Path;
 use lavender_wgpu::gpu::{Gpu, GpuOptions};
 use lavender_wgpu::tensor::Checkpoint;
 use lavender_wgpu::train::config::{Config, Mode, Precision};
-use lavender_wgpu::train::metrics::{EvalMetrics, StepMetrics, read, read_lines};
+use lavender_wgpu::train::metrics::{EvalMetrics, MapMetrics, StepMetrics, read, read_lines};
 use lavender_wgpu::train::recipe::{Observer, Training};
 use lavender_wgpu::train::rundir::RunDir;
 
@@ -196,6 +196,80 @@ fn f16_follows_f32_and_an_overflow_halves_the_scale_and_skips_the_update() {
         assert_eq!(steps[0].loss, steps[2].loss);
     }
     assert!(steps[skipped].grad_norm > 0.0);
+}
+
+#[test]
+fn word_maps_are_drawn_on_the_way_and_leave_the_run_as_it_was() {
+    let case = case();
+    let plain = case.run("plain", |c| c.lora.dropout = 0.1);
+    let start = |name: &str| {
+        let mut config = case.config.clone();
+        config.lora.dropout = 0.1;
+        config.train.steps = Some(5);
+        config.train.checkpoint_every = 3;
+        config.run.dir = Some(case.dir.path().join(name));
+        (config.run.pictures, config.run.pictures_every) = (2, 2);
+        (RunDir::create(&config).unwrap(), config)
+    };
+    let (run, config) = start("drawn");
+    let mut training = Training::new(gpu(), &config).unwrap();
+    training.keep_maps(gpu()).unwrap();
+    training.run(gpu(), &run, &mut Notes::default()).unwrap();
+    let figures = |run: &RunDir| -> Vec<_> {
+        let steps = read(run.metrics()).unwrap();
+        let steps = steps
+            .iter()
+            .map(|m| (m.loss, m.lm_loss, m.attn_loss, m.grad_norm));
+        steps.collect()
+    };
+    assert_eq!(figures(&run), figures(&plain.run));
+    let weights = |run: &RunDir| fs::read(run.lora().join("adapter_model.safetensors")).unwrap();
+    assert_eq!(weights(&run), weights(&plain.run));
+
+    let names = |dir: &Path| {
+        let entries = fs::read_dir(dir).unwrap().map(|e| e.unwrap().path());
+        let mut names: Vec<_> = entries
+            .filter(|path| path.extension().is_some_and(|e| e == "png"))
+            .map(|path| path.file_name().unwrap().to_owned())
+            .collect();
+        names.sort();
+        names
+    };
+    let drawn = names(&run.maps());
+    assert_eq!(drawn.len(), 2);
+    for step in [2, 4] {
+        assert_eq!(names(&run.maps_at(step)), drawn, "step {step}");
+    }
+    assert!(!run.maps_at(3).exists() && !run.maps_at(5).exists());
+    let picture = |dir: &Path| fs::read(dir.join(&drawn[0])).unwrap();
+    assert!(picture(&run.maps_at(2)) != picture(&run.maps_at(4)));
+    let maps: Vec<MapMetrics> = read_lines(run.map_figures()).unwrap();
+    let steps: Vec<u64> = maps.iter().map(|m| m.step).collect();
+    assert_eq!(steps, [0, 2, 4, 5]);
+    for line in &maps {
+        // The entropy of a uniform map of 32 × 32 is ln 1024 = 6.93.
+        assert!(
+            line.words > 0 && (0.1..6.94).contains(&line.entropy),
+            "{line:?}"
+        );
+        assert!((0.0..1.0).contains(&line.distance), "{line:?}");
+        assert_eq!(line.target_entropy, maps[0].target_entropy);
+    }
+
+    // A resumed run has the maps from before the first step beside its own.
+    let (run, _) = start("resumed");
+    fs::create_dir_all(run.checkpoints()).unwrap();
+    let from = case.dir.path().join("drawn/checkpoints/step-3");
+    let to = run.checkpoints().join("step-3");
+    fs::rename(from, to).unwrap();
+    let (run, config, from) = RunDir::open(run.root()).unwrap();
+    let mut training = Training::new(gpu(), &config).unwrap();
+    training.keep_maps(gpu()).unwrap();
+    training.restore(&from.unwrap()).unwrap();
+    training.run(gpu(), &run, &mut Notes::default()).unwrap();
+    let whole = case.dir.path().join("drawn/maps/step-4");
+    assert!(picture(&run.maps_at(4)) == picture(&whole));
+    assert!(!run.maps_at(2).exists());
 }
 
 fn evaluations(run: &RunDir) -> Vec<EvalMetrics> {

@@ -5,8 +5,8 @@ use toml::{Table, Value};
 use super::Config;
 use crate::{Error, Result};
 
-/// Keys that may: how long, what is kept, what is measured, how samples are read.
-const ALLOWED: [&str; 10] = [
+/// Keys that may: how long, what is kept, what is measured, what is drawn, how samples are read.
+const ALLOWED: [&str; 12] = [
     "train.steps",
     "train.epochs",
     "train.checkpoint_every",
@@ -17,6 +17,8 @@ const ALLOWED: [&str; 10] = [
     "eval.targets",
     "eval.every",
     "data.workers",
+    "run.pictures",
+    "run.pictures_every",
 ];
 
 /// A key with another value.
@@ -83,10 +85,8 @@ impl Config {
                 "--resume: train.steps = {steps}, but {done} steps are done; expected at least {done}"
             )));
         }
-        let config = Config {
-            run: self.run.clone(),
-            ..after.clone()
-        };
+        let mut config = after.clone();
+        config.run.dir.clone_from(&self.run.dir);
         Ok((config, differences))
     }
 }
