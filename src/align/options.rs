@@ -296,7 +296,8 @@ pub enum ControlTargets {
     /// The targets themselves.
     #[default]
     Own,
-    /// For each word another word's map, of another sample, the same in every epoch.
+    /// The maps of all matched words, exchanged: each goes to a word of another image where that is possible, to
+    /// another word of the same image else; the same exchange in every epoch, chosen by `train.seed`.
     Shuffled,
     /// 0.5 everywhere.
     Uniform,

@@ -177,6 +177,21 @@ impl TargetStore {
         has(id) || image.is_some_and(has)
     }
 
+    /// The words that [`Self::find`] would find maps of, without reading them.
+    ///
+    /// # Errors
+    /// A folder of the published layout that cannot be read.
+    pub fn words(&self, id: &str, image: Option<&str>) -> Result<Vec<String>> {
+        let of = |key: &str| match &self.0 {
+            Inner::Shards(store) => Ok(store.words(key)),
+            Inner::Published(store) => store.words(key),
+        };
+        match (of(id)?, image) {
+            (None, Some(image)) => Ok(of(image)?.unwrap_or_default()),
+            (found, _) => Ok(found.unwrap_or_default()),
+        }
+    }
+
     /// Number of samples with targets.
     pub fn len(&self) -> usize {
         match &self.0 {

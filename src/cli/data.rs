@@ -103,7 +103,8 @@ fn check(args: &CheckArgs, context: &Context) -> Result<()> {
     {
         *model = embedded::unpack("student", scratch.path())?;
     }
-    let processor = model.map(Processor::open).transpose()?;
+    let open = |model: PathBuf| Processor::open(model)?.cut_at(config.data.max_tokens);
+    let processor = model.map(open).transpose()?;
     let data = config.data.load()?;
     let stores = config.data.stores().into_iter();
     let stores: Vec<Option<TargetStore>> = stores
@@ -225,6 +226,7 @@ fn table(report: &Report, context: &Context) -> Result<()> {
     some("same content", &groups, groups.len(), context)?;
     faults("bad images", &report.bad_images, context)?;
     faults("too long", &report.too_long, context)?;
+    some("cut", &report.cut, report.cut.len(), context)?;
     faults("refused", &report.refused, context)?;
     some(
         "nothing to learn",

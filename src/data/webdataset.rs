@@ -121,7 +121,7 @@ fn index(path: &Path) -> Result<Index> {
     for (number, member) in archive.entries_with_seek().map_err(fault)?.enumerate() {
         let mut member = member.map_err(fault)?;
         let (offset, size) = (member.raw_file_position(), member.size());
-        end = offset.saturating_add(size).next_multiple_of(512);
+        let data_end = offset.saturating_add(size);
         let shown = String::from_utf8_lossy(&member.path_bytes()).into_owned();
         let wrong = |message: String| {
             Err(Error::file(
@@ -129,12 +129,13 @@ fn index(path: &Path) -> Result<Index> {
                 format!("member {number} `{}`: {message}", shown.escape_debug()),
             ))
         };
-        if end > length {
+        if data_end > length {
             return wrong(format!(
                 "claims {size} bytes, but the archive ends {} bytes after its header; was it cut off?",
                 length.saturating_sub(offset)
             ));
         }
+        end = data_end.next_multiple_of(512);
         let kind = member.header().entry_type();
         if matches!(kind, EntryType::Directory | EntryType::XGlobalHeader) {
             continue;

@@ -8,6 +8,9 @@ use super::loader::{Init, Loader};
 use crate::autograd::Var;
 use crate::ops::dropout::dropout;
 
+/// Largest rank that is taken; beyond it lies no known model's width.
+pub const MOST_RANK: usize = 1 << 16;
+
 /// Low-rank adaptation of linear layers (Hu et al., 2021).
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]

@@ -15,7 +15,7 @@ pub use embedding::Embedding;
 pub use freeze::Freeze;
 pub use linear::Linear;
 pub use loader::{Init, LoadOptions, Loader};
-pub use lora::{LoraConfig, set_dropout_seed};
+pub use lora::{LoraConfig, MOST_RANK, set_dropout_seed};
 pub use norm::{GroupNorm, LayerNorm, RmsNorm};
 pub use parameters::{Kind, Layout, Parameter, Parameters};
 pub use peft::{another_base, load_lora, lora_config, lora_factors, save_lora};

@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use super::lora::LoraConfig;
+use super::lora::{LoraConfig, MOST_RANK};
 use super::parameters::{Kind, Parameters};
 use crate::autograd::Var;
 use crate::error::{Error, Result};
@@ -53,8 +53,11 @@ pub fn save_lora(
     let metadata = [("format".to_string(), "pt".to_string())];
     let weights = dir.join("adapter_model.safetensors");
     save_safetensors(&weights, &tensors, Some(metadata.into()))?;
-    let ranks: BTreeMap<_, _> = config.rank_pattern.iter().cloned().collect();
-    let alphas: BTreeMap<_, _> = config.alpha_pattern.iter().cloned().collect();
+    // In their order: the first pattern that matches counts.
+    let ranks = config.rank_pattern.iter();
+    let ranks: Map<_, _> = ranks.map(|(k, r)| (k.clone(), (*r).into())).collect();
+    let alphas = config.alpha_pattern.iter();
+    let alphas: Map<_, _> = alphas.map(|(k, a)| (k.clone(), (*a).into())).collect();
     let json = serde_json::json!({
         "peft_type": "LORA",
         "auto_mapping": null,
@@ -116,7 +119,10 @@ pub fn lora_config(dir: &Path) -> Result<LoraConfig> {
                       `path_initial_model_for_weight_conversion` of PEFT's save_pretrained)";
         return Err(bad("init_lora_weights", wanted));
     }
-    let rank = |value: &Value| value.as_u64().filter(|&r| r > 0).map(|r| r as usize);
+    let rank = |value: &Value| {
+        let rank = usize::try_from(value.as_u64()?).ok()?;
+        (1..=MOST_RANK).contains(&rank).then_some(rank)
+    };
     let number = |value: &Value| value.as_f64().map(|v| v as f32);
     let modules = json["target_modules"].as_array();
     let chosen = |field: &str| is_set(&json[field]);
@@ -132,7 +138,7 @@ pub fn lora_config(dir: &Path) -> Result<LoraConfig> {
         _ => return Err(bad("target_modules", "a list of names")),
     };
     Ok(LoraConfig {
-        r: rank(&json["r"]).ok_or_else(|| bad("r", "a whole number from 1"))?,
+        r: rank(&json["r"]).ok_or_else(|| bad("r", "a whole number from 1 to 65536"))?,
         alpha: number(&json["lora_alpha"]).ok_or_else(|| bad("lora_alpha", "a number"))?,
         dropout: json["lora_dropout"].as_f64().unwrap_or(0.0) as f32,
         target_modules,
@@ -297,6 +303,8 @@ mod tests {
             ("alpha_pattern", serde_json::json!({"q_proj": "two"})),
             ("peft_type", serde_json::json!("LOHA")),
             ("r", serde_json::json!(0)),
+            ("r", serde_json::json!(1u64 << 40)),
+            ("rank_pattern", serde_json::json!({"q_proj": 1u64 << 40})),
         ] {
             let error = config(serde_json::json!({ field: value })).expect_err(field);
             let wanted = format!("field `{field}`");

@@ -102,7 +102,8 @@ impl Example {
             .map_err(named)?;
         if prepared.learned() == 0 {
             return Err(Error::Input(format!(
-                "sample `{}`: no answer to learn from; expected an assistant turn with text",
+                "sample `{}`: no answer to learn from; expected an assistant turn with text, that begins within \
+                 `data.max_tokens` where that is set",
                 sample.id
             )));
         }

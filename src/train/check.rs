@@ -106,8 +106,10 @@ pub struct Report {
     pub answer_tokens: Option<Spread>,
     /// Both.
     pub tokens: Option<Spread>,
-    /// Samples longer than the context; a run refuses to cut them.
+    /// Samples longer than the context, or that cannot be cut without cutting their picture; a run refuses them.
     pub too_long: Vec<Fault>,
+    /// Samples that `data.max_tokens` cuts; their tokens are counted as they are after it.
+    pub cut: Vec<String>,
     /// Samples without a token to learn.
     pub nothing_to_learn: Vec<String>,
     /// Samples that the chat template or tokenizer refuses.
@@ -134,6 +136,7 @@ struct Outcome {
     prompt: Option<usize>,
     learned: Option<usize>,
     too_long: Option<String>,
+    cut: bool,
     refused: Option<String>,
     /// Each word of the answers, and whether it has a target; `None` without targets.
     words: Option<Vec<(String, bool)>>,
@@ -192,14 +195,16 @@ impl Check<'_> {
         let messages: Vec<_> = sample.turns.iter().map(message).collect();
         match processor.prepare_any_length(std::slice::from_ref(&picture), &messages, Tail::None) {
             Err(error) => outcome.refused = Some(error.to_string()),
-            Ok(prepared) => {
+            Ok(mut prepared) => {
+                let cut = processor.cut(&mut prepared);
+                let fits = cut.and_then(|cut| {
+                    outcome.cut = cut;
+                    processor.check_length(&prepared)
+                });
+                outcome.too_long = fits.err().map(|e| e.to_string());
                 let learned = prepared.learned();
                 outcome.learned = Some(learned);
                 outcome.prompt = Some(prepared.tokens() - learned);
-                outcome.too_long = processor
-                    .check_length(&prepared)
-                    .err()
-                    .map(|e| e.to_string());
                 outcome.words = found.map(|found| {
                     let words = matched_words(&prepared, &found, &self.rules).into_iter();
                     words
@@ -247,6 +252,9 @@ impl Check<'_> {
                 .filter(|t| t.role == Role::Assistant)
                 .count();
             *report.answers.entry(answers).or_default() += 1;
+            if outcome.cut {
+                report.cut.push(sample.id.clone());
+            }
             if outcome.learned == Some(0) {
                 report.nothing_to_learn.push(sample.id.clone());
             }

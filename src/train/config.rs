@@ -96,6 +96,10 @@ pub struct Data {
     pub shuffle: bool,
     /// What becomes of samples that the target store lacks; default `language`.
     pub without_targets: WithoutTargets,
+    /// Tokens that longer samples are cut to, at their end, never in a picture; default none: a sample that is longer
+    /// than the model's context is refused.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_tokens: Option<usize>,
     /// Threads that prepare samples ahead, 0 for none; default one for each core but one, at most 8.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub workers: Option<usize>,
@@ -261,6 +265,7 @@ pub const KEYS: &[&str] = &[
     "data.diffusion",
     "data.shuffle",
     "data.without_targets",
+    "data.max_tokens",
     "data.workers",
     "data.mixture",
     "words.source",
@@ -344,6 +349,7 @@ impl Default for Data {
             diffusion: None,
             shuffle: true,
             without_targets: WithoutTargets::default(),
+            max_tokens: None,
             workers: None,
             mixture: Vec::new(),
         }

@@ -1,11 +1,10 @@
 //! From the data set to the examples of a step, without the GPU.
 
-use std::sync::Arc;
-
-use sha2::{Digest, Sha256};
+use std::sync::{Arc, OnceLock};
 
 use super::batch::Example;
 use super::config::{Config, WithoutTargets};
+use super::exchange::Exchange;
 use crate::align::filter::WordRules;
 use crate::align::options::ControlTargets;
 use crate::align::store::{SIDE, TargetStore};
@@ -29,6 +28,8 @@ pub struct Loader {
     shuffle: bool,
     batch: usize,
     bucket: usize,
+    /// Which words' maps are exchanged under `control.targets = "shuffled"`, found out when it is first asked for.
+    exchange: OnceLock<Exchange>,
 }
 
 impl Loader {
@@ -50,6 +51,7 @@ impl Loader {
             shuffle: config.data.shuffle,
             batch: config.effective_batch(),
             bucket: config.train.bucket,
+            exchange: OnceLock::new(),
         };
         loader.check_stores(config)?;
         if config.data.without_targets == WithoutTargets::Skip {
@@ -140,7 +142,7 @@ impl Loader {
     /// Reads, tokenises and matches samples, by their place in the data set.
     ///
     /// # Errors
-    /// The first bad sample's; see [`Example::prepare`].
+    /// The first bad sample's; see [`Example::prepare`]. Shuffled targets of too few words; see [`Exchange::new`].
     pub fn examples(&self, order: &[usize]) -> Result<Vec<Example>> {
         let prepare = |&i: &usize| {
             let mut example = Example::prepare(
@@ -164,38 +166,21 @@ impl Loader {
         order.iter().map(prepare).map(padded).collect()
     }
 
-    /// Gives each word of sample `index` the map of a word of another sample, chosen by the seed and the word, so that
-    /// it is the same in every epoch.
+    /// Gives each word of sample `index` the map that the exchange has for it.
     fn shuffle(&self, index: usize, example: &mut Example) -> Result<()> {
-        let Some(store) = self.store(index) else {
+        if example.words.words.is_empty() {
             return Ok(());
+        }
+        let exchange = match self.exchange.get() {
+            Some(exchange) => exchange,
+            None => {
+                let made = Exchange::new(self, &self.rules, self.seed)?;
+                self.exchange.get_or_init(|| made)
+            }
         };
-        let count = self.data.samples.len();
         let maps = example.targets.chunks_exact_mut(SIDE * SIDE);
         for (word, map) in example.words.words.iter().zip(maps) {
-            let digest = Sha256::new()
-                .chain_update(self.seed.to_le_bytes())
-                .chain_update(example.id.as_bytes())
-                .chain_update([0])
-                .chain_update(word.as_bytes())
-                .finalize();
-            let number = |from: usize| {
-                let bytes = std::array::from_fn(|i| digest[from + i]);
-                u64::from_le_bytes(bytes) as usize
-            };
-            // The first sample from there on that has targets; alone in the store, a sample keeps its own.
-            for step in 0..count {
-                let other = (number(0) % count + step) % count;
-                let sample = &self.data.samples[other];
-                if other == index {
-                    continue;
-                }
-                let found = store.find(&sample.id, Some(&sample.image.file_name()))?;
-                if let Some(found) = found.filter(|f| !f.words.is_empty()) {
-                    map.copy_from_slice(found.map(number(8) % found.words.len()));
-                    break;
-                }
-            }
+            map.copy_from_slice(&exchange.map(self, index, word)?);
         }
         Ok(())
     }

@@ -6,6 +6,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod evaluation;
 pub mod events;
+pub mod exchange;
 pub mod loader;
 pub mod memory;
 pub mod metrics;

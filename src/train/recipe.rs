@@ -108,7 +108,8 @@ impl Training {
     /// # Errors
     /// Anything wrong with the configuration or the files that it names.
     pub fn new(gpu: &Gpu, config: &Config) -> Result<Training> {
-        let processor = Arc::new(Processor::open(&config.model.path)?);
+        let processor =
+            Arc::new(Processor::open(&config.model.path)?.cut_at(config.data.max_tokens)?);
         let (loader, held_out) = loaders(config, &processor)?;
         let estimate = Estimate::new(gpu, config, &loader)?;
         let (student, trained) = Trained::load(gpu, config)?;

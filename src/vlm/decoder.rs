@@ -20,7 +20,9 @@ use crate::{Error, Result};
 /// Names file, field, found and expected.
 pub fn size(json: &Value, section: &str, key: &str, path: &Path) -> Result<usize> {
     let found = json.get(key);
-    let number = found.and_then(Value::as_u64).filter(|&n| n > 0);
+    let number = found
+        .and_then(Value::as_u64)
+        .filter(|n| (1..1 << 31).contains(n));
     number.map(|n| n as usize).ok_or_else(|| {
         let found = found.map_or("nothing".to_string(), Value::to_string);
         let message =

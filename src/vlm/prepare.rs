@@ -22,6 +22,7 @@ pub struct Processor {
     family: Family,
     dir: PathBuf,
     context: usize,
+    cut: Option<usize>,
 }
 
 enum Family {
@@ -59,7 +60,26 @@ impl Processor {
             family,
             dir: dir.to_path_buf(),
             context,
+            cut: None,
         })
+    }
+
+    /// The same processor, that cuts conversations with their answers (`Tail::None`) at their end to so many tokens.
+    ///
+    /// # Errors
+    /// More tokens than the context has.
+    pub fn cut_at(self, tokens: Option<usize>) -> Result<Self> {
+        match tokens.filter(|&tokens| tokens > self.context) {
+            None => Ok(Self {
+                cut: tokens,
+                ..self
+            }),
+            Some(tokens) => Err(Error::Config(format!(
+                "data.max_tokens: found {tokens}, expected at most {}, the context of {}",
+                self.context,
+                self.dir.display()
+            ))),
+        }
     }
 
     /// The checkpoint directory.
@@ -91,16 +111,28 @@ impl Processor {
     /// Makes a sample of any number of pictures, with what follows the messages.
     ///
     /// # Errors
-    /// An empty answer, image parts other than one per picture, more tokens than the context has.
+    /// An empty answer, image parts other than one per picture, more tokens than the context has, a cut that would
+    /// take tokens of a picture away.
     pub fn prepare(
         &self,
         pictures: &[RgbImage],
         turns: &[Message],
         tail: Tail<'_>,
     ) -> Result<Prepared> {
-        let prepared = self.prepare_any_length(pictures, turns, tail)?;
+        let mut prepared = self.prepare_any_length(pictures, turns, tail)?;
+        if tail == Tail::None {
+            self.cut(&mut prepared)?;
+        }
         self.check_length(&prepared)?;
         Ok(prepared)
+    }
+
+    /// Cuts a conversation to the length that [`Processor::cut_at`] was given; whether it was longer.
+    ///
+    /// # Errors
+    /// As [`Prepared::cut`].
+    pub fn cut(&self, prepared: &mut Prepared) -> Result<bool> {
+        prepared.cut(self.cut.unwrap_or(usize::MAX))
     }
 
     /// [`Processor::prepare`] of a sample that may be longer than the context.
@@ -185,7 +217,7 @@ impl Processor {
             true => {
                 "cutting it would drop image tokens; use a smaller picture or a smaller `size.longest_edge`"
             }
-            false => "shorten the text",
+            false => "shorten the text, or set `data.max_tokens` in training",
         };
         Err(Error::Input(format!(
             "the prompt has {tokens} tokens ({image_tokens} of them for pictures), expected at most {context}, \

@@ -6,6 +6,7 @@ use super::idefics3_processor::Idefics3Prompt;
 use super::mllama_processor::MllamaPrompt;
 use super::processor::labels::Rendered;
 use super::processor::tokenizer::Encoded;
+use crate::{Error, Result};
 
 /// The image grid that a sample's map columns form, in raster order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,6 +76,54 @@ impl Prepared {
             prompt.encoded.ids.resize(length, 0);
             prompt.image_bits.resize(length, last);
         }
+    }
+
+    /// Cuts the sequence at its end to at most `length` tokens; whether it was longer. Not for a padded one.
+    ///
+    /// # Errors
+    /// A cut that would take tokens of a picture away: how many tokens stand up to the last of them.
+    pub fn cut(&mut self, length: usize) -> Result<bool> {
+        if self.ids.len() <= length {
+            return Ok(false);
+        }
+        let pictures = match &self.pictures {
+            Pictures::Idefics3(prompt) => prompt.image_positions.last().map_or(0, |last| last + 1),
+            // The last picture's own token is the first that sees it.
+            Pictures::Mllama(prompt) => {
+                let last = prompt.images.len().checked_sub(1);
+                let sees = |bits: &u32| last.is_some_and(|last| bits >> last & 1 == 1);
+                prompt
+                    .image_bits
+                    .iter()
+                    .position(sees)
+                    .map_or(0, |at| at + 1)
+            }
+        };
+        if pictures > length {
+            return Err(Error::Input(format!(
+                "cannot be cut to {length} tokens: the first {pictures} hold its pictures"
+            )));
+        }
+        self.ids.truncate(length);
+        self.labels.truncate(length);
+        // What the last position would predict is gone.
+        if let Some(last) = self.labels.last_mut() {
+            *last = crate::ops::cross_entropy::IGNORE;
+        }
+        for answer in &mut self.answers {
+            answer.spans.truncate(length);
+        }
+        let (encoded, labels) = match &mut self.pictures {
+            Pictures::Idefics3(prompt) => (&mut prompt.encoded, &mut prompt.labels),
+            Pictures::Mllama(prompt) => {
+                prompt.image_bits.truncate(length);
+                (&mut prompt.encoded, &mut prompt.labels)
+            }
+        };
+        encoded.ids.truncate(length);
+        encoded.spans.truncate(length);
+        labels.truncate(length);
+        Ok(true)
     }
 
     /// Assembles a sample; `labels` are not shifted yet.

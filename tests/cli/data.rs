@@ -218,3 +218,36 @@ fn what_cannot_be_checked_is_named() {
     let usage = run(&["data", "check"]);
     assert_eq!(usage.status.code(), Some(2));
 }
+
+#[test]
+fn a_longest_length_cuts_samples_but_not_their_pictures() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path(), false);
+    let long = sample("long", "square.png", &"word ".repeat(600));
+    let samples = json!([sample("short", "square.png", "a dog"), long]);
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    std::fs::write(path("data.json"), samples.to_string()).unwrap();
+    let config = format!(
+        "[model]\npath = {:?}\n[data]\npath = {:?}\n",
+        reference("smolvlm/a"),
+        path("data.json")
+    );
+    std::fs::write(path("run.toml"), config).unwrap();
+    let check = |tokens: &str| {
+        let set = format!("data.max_tokens={tokens}");
+        let args = ["data", "check", &path("run.toml"), "--set", &set];
+        let output = run(&[&args[..], &["--json", &path("report.json")]].concat());
+        let report = std::fs::read_to_string(path("report.json")).unwrap();
+        let report: Value = serde_json::from_str(&report).unwrap();
+        (output, report)
+    };
+    let (output, report) = check("400");
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(stdout(&output).contains("cut                1: long"));
+    assert_eq!(report["cut"], json!(["long"]));
+    assert_eq!(report["tokens"]["max"], 400);
+    let (output, report) = check("9");
+    assert!(refused(&output).contains("longer than the context"));
+    let message = report["too_long"][0]["message"].as_str().unwrap();
+    assert!(message.contains("hold its pictures"), "{message}");
+}

@@ -26,6 +26,16 @@ fn header(name: &[u8], size: u64, kind: u8) -> Vec<u8> {
     block
 }
 
+/// A header that claims the most bytes that its field can hold, in binary as the field allows.
+fn endless(name: &[u8]) -> Vec<u8> {
+    let mut block = header(name, 0, b'0');
+    block[124..136].copy_from_slice(&[0x80, 0, 0, 0, 255, 255, 255, 255, 255, 255, 255, 255]);
+    block[148..156].copy_from_slice(b"        ");
+    let sum: u32 = block.iter().map(|&b| u32::from(b)).sum();
+    block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    block
+}
+
 fn member(name: &[u8], content: &[u8]) -> Vec<u8> {
     let mut bytes = header(name, content.len() as u64, b'0');
     bytes.extend(content);
@@ -71,6 +81,8 @@ fn tar_members_that_escape_or_lie_are_refused() {
             with(header(b"b.png", 0o77777777777, b'0')),
             &["member 2", "8589934591 bytes", "cut off"],
         ),
+        (with(endless(b"b.png")), &["not a whole tar"]),
+        (with(endless(b"ignored.bin")), &["not a whole tar"]),
         (
             with(member(b"b\xff.png", &png)),
             &["not UTF-8", "other names"],

@@ -4,8 +4,10 @@
 mod support;
 
 mod clip_tokenizer;
+mod conversations;
 mod ddim;
 mod full_size;
+mod hostile;
 mod idefics3_processor;
 mod merge;
 mod mllama;

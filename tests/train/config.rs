@@ -36,6 +36,7 @@ fn every_key_is_known_and_survives_writing() {
         targets = "t"
         diffusion = "sd"
         without_targets = "skip"
+        max_tokens = 512
         workers = 2
         shuffle = false
         [words]
@@ -199,7 +200,7 @@ fn set_changes_one_key_and_later_ones_win() {
 
 #[test]
 fn bad_files_are_refused_with_line_field_found_and_expected() {
-    let cases: [(&str, &[&str]); 13] = [
+    let cases: [(&str, &[&str]); 16] = [
         (
             "[train]\nbatch = 4\nstep = 3",
             &["line 3", "unknown key `train.step`", "`train.steps`"],
@@ -222,6 +223,18 @@ fn bad_files_are_refused_with_line_field_found_and_expected() {
         (
             "[train]\nbatch = 0",
             &["line 2", "`train.batch`", "found 0", "at least 1"],
+        ),
+        (
+            "[train]\nbatch = 4611686018427387904",
+            &["line 2", "`train.batch`", "at most 65536"],
+        ),
+        (
+            "[train]\nepochs = 9223372036854775807",
+            &["line 2", "`train.epochs`", "at most"],
+        ),
+        (
+            "[data]\nmax_tokens = 0",
+            &["line 2", "`data.max_tokens`", "at least 1"],
         ),
         (
             "[train]\nsteps = 3\nepochs = 3",

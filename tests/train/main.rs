@@ -5,6 +5,7 @@ mod support;
 
 mod checkpoint;
 mod config;
+mod controls;
 mod events;
 mod metrics;
 mod predicted;

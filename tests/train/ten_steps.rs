@@ -14,7 +14,7 @@ use serde_json::Value;
 use crate::support::{gpu, reference};
 
 /// Stops after a number of steps, or never.
-struct Until(Option<u64>, u64);
+pub struct Until(pub Option<u64>, pub u64);
 
 impl Observer for Until {
     fn step(&mut self, metrics: &StepMetrics, _: u64) {
@@ -193,7 +193,7 @@ fn mllama_trains_as_pytorch_does() {
 }
 
 /// Bytes of the weights that a run leaves, with its losses.
-fn results(run: &RunDir) -> (Vec<u8>, Vec<u8>, Vec<[f64; 3]>) {
+pub fn results(run: &RunDir) -> (Vec<u8>, Vec<u8>, Vec<[f64; 3]>) {
     let read = |path: PathBuf| std::fs::read(path).unwrap();
     let losses = metrics::read(run.metrics()).unwrap();
     (

@@ -79,6 +79,15 @@ impl Store {
         self.provenance.as_ref()
     }
 
+    /// The words of an image by its file name. Errors: a folder that cannot be read.
+    pub fn words(&self, image: &str) -> Result<Option<Vec<String>>> {
+        if !self.images.contains(image) {
+            return Ok(None);
+        }
+        let files = files_of(&self.root, image)?.into_iter();
+        Ok(Some(files.map(|(word, _)| word).collect()))
+    }
+
     /// The targets of an image by its file name. Errors: a map that is no 32×32 image.
     pub fn get(&self, image: &str) -> Result<Option<Targets>> {
         match self.images.contains(image) {
@@ -101,8 +110,8 @@ pub(super) fn images(root: &Path) -> Result<BTreeSet<String>> {
     Ok(images)
 }
 
-/// The maps of an image. Errors: one that is no 32×32 image.
-pub(super) fn read(root: &Path, image: &str) -> Result<Targets> {
+/// The words of an image with the files of their maps, in order. Errors: a folder that cannot be read.
+fn files_of(root: &Path, image: &str) -> Result<Vec<(String, PathBuf)>> {
     let dir = maps_of(root, image);
     let mut found = Vec::new();
     for item in std::fs::read_dir(&dir).map_err(|e| Error::io(&dir, e))? {
@@ -120,6 +129,12 @@ pub(super) fn read(root: &Path, image: &str) -> Result<Targets> {
         }
     }
     found.sort();
+    Ok(found)
+}
+
+/// The maps of an image. Errors: one that is no 32×32 image.
+pub(super) fn read(root: &Path, image: &str) -> Result<Targets> {
+    let found = files_of(root, image)?;
     let mut words = Vec::with_capacity(found.len());
     let mut maps = Vec::with_capacity(found.len() * SIDE * SIDE);
     for (word, path) in found {

@@ -101,6 +101,12 @@ impl Store {
         self.by_key.contains_key(key)
     }
 
+    /// The words of a sample by id or image file name.
+    pub fn words(&self, key: &str) -> Option<Vec<String>> {
+        let (_, entry) = &self.entries[*self.by_key.get(key)?];
+        Some(entry.words.iter().map(|word| word.text.clone()).collect())
+    }
+
     /// Where the targets were made, each place once.
     pub fn provenances(&self) -> Vec<&Provenance> {
         let mut found: Vec<&Provenance> = Vec::new();

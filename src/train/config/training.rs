@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Config, range};
 use crate::gpu::Tier;
+use crate::nn::MOST_RANK;
 use crate::tensor::DType;
 use crate::train::schedule::Schedule;
 use crate::{Error, Result};
@@ -198,6 +199,27 @@ impl Config {
         let (train, eval) = (&self.train, &self.eval);
         let some = train.accumulate as f64;
         range("train.accumulate", some, some >= 1.0, "at least 1")?;
+        let tokens = self.data.max_tokens.unwrap_or(1) as f64;
+        range("data.max_tokens", tokens, tokens >= 1.0, "at least 1")?;
+        // What is beyond is a slip of the hand, and would overflow.
+        let steps = train.steps.or(train.epochs).unwrap_or(0);
+        for (key, value, most) in [
+            ("train.batch", train.batch as u64, 1 << 16),
+            ("train.accumulate", train.accumulate as u64, 1 << 16),
+            ("train.bucket", train.bucket as u64, 1 << 20),
+            ("train.steps", steps, 1 << 40),
+            ("data.workers", self.data.workers.unwrap_or(0) as u64, 1024),
+            ("aligner.hidden", self.aligner.hidden as u64, 4096),
+            ("lora.r", self.lora.r as u64, MOST_RANK as u64),
+        ] {
+            if value > most {
+                let key = match key {
+                    "train.steps" if train.steps.is_none() => "train.epochs",
+                    key => key,
+                };
+                return Err((key, format!("found {value}, expected at most {most}")));
+            }
+        }
         let rate = self.optimizer.aligner_lr.unwrap_or(0.0);
         range("optimizer.aligner_lr", rate, rate >= 0.0, "a number from 0")?;
         let part = (0.0..1.0).contains(&eval.share);

@@ -34,19 +34,21 @@ pub struct Rendered {
 /// an answer that also stands in a question is not mistaken. Errors: an empty answer, and a template that
 /// does not contain its messages' text.
 pub fn render(template: &ChatTemplate, messages: &[Message], tail: Tail<'_>) -> Result<Rendered> {
+    let said = messages.iter().enumerate();
+    let said: Vec<(usize, String)> = said
+        .filter(|(_, message)| message.role == "assistant")
+        .map(|(turn, message)| (turn, message.joined_text()))
+        .collect();
+    // Before the template, which may have other words for it.
+    if let Some((turn, _)) = said.iter().find(|(_, answer)| answer.trim().is_empty()) {
+        return Err(Error::Input(format!(
+            "message {turn} (assistant): the text is empty, expected an answer to learn"
+        )));
+    }
     let mut text = template.render(messages, tail != Tail::None)?;
     let mut answers = Vec::new();
     let mut from = 0;
-    for (turn, message) in messages.iter().enumerate() {
-        if message.role != "assistant" {
-            continue;
-        }
-        let answer = message.joined_text();
-        if answer.trim().is_empty() {
-            return Err(Error::Input(format!(
-                "message {turn} (assistant): the text is empty, expected an answer to learn"
-            )));
-        }
+    for (turn, answer) in said {
         let mut prompt_end = None;
         for generation_prompt in [true, false] {
             // Some templates refuse a conversation cut here; the other cut, or the last turn's end, serves.
@@ -146,24 +148,27 @@ pub const IGNORE: u32 = u32::MAX;
 /// Labels of a tokenised conversation, before the shift by one: a token's own id if it is learned, else
 /// [`IGNORE`].
 ///
-/// Learned are the tokens that overlap an answer's span, and the first special token after it, its
-/// end-of-turn token, if it follows with nothing but white space between.
+/// Learned are the tokens from the first that overlaps an answer's span to the last, and on to the first special token
+/// after it, its end-of-turn token, if nothing but white space stands between. (Tokenizers that trim their offsets give
+/// a token of white space no span at all.)
 pub fn labels(tokenizer: &TextTokenizer, rendered: &Rendered, encoded: &Encoded) -> Vec<u32> {
     let mut labels = vec![IGNORE; encoded.ids.len()];
     for answer in &rendered.answers {
-        for index in tokens_of(encoded, answer) {
-            labels[index] = encoded.ids[index];
-        }
-        let after = encoded.spans.iter().enumerate().find(|&(index, span)| {
-            span.start >= answer.end
-                && span.end > span.start
-                && tokenizer.is_special(encoded.ids[index])
+        let tokens = tokens_of(encoded, answer);
+        let (Some(&first), Some(&last)) = (tokens.first(), tokens.last()) else {
+            continue;
+        };
+        let special = |&index: &usize| {
+            !encoded.spans[index].is_empty() && tokenizer.is_special(encoded.ids[index])
+        };
+        let after = (last + 1..encoded.ids.len()).find(special);
+        let end_of_turn = after.filter(|&index| {
+            let between = answer.end..encoded.spans[index].start;
+            let between = rendered.text.get(between);
+            between.is_some_and(|between| between.trim().is_empty())
         });
-        if let Some((index, span)) = after
-            && rendered.text[answer.end..span.start].trim().is_empty()
-        {
-            labels[index] = encoded.ids[index];
-        }
+        let learned = first..end_of_turn.unwrap_or(last) + 1;
+        labels[learned.clone()].copy_from_slice(&encoded.ids[learned]);
     }
     labels
 }
