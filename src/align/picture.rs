@@ -18,6 +18,12 @@ const MARGIN: u32 = 8;
 /// Height of a line of text, in pixels.
 const LINE: u32 = 22;
 
+/// Height of a sheet's titles, in pixels.
+pub const HEAD: u32 = LINE + MARGIN;
+
+/// Height of a row of a sheet, in pixels.
+pub const ROW: u32 = CELL + LINE + MARGIN;
+
 const TEXT: PxScale = PxScale { x: 16.0, y: 16.0 };
 const INK: Rgb<u8> = Rgb([20, 20, 20]);
 const PAPER: Rgb<u8> = Rgb([255, 255, 255]);
@@ -110,17 +116,13 @@ pub fn word_sheet(image: &RgbImage, words: &[WordMaps<'_>]) -> RgbImage {
 /// A sheet of pictures: column titles on top, rows beneath, each row's word under each of its pictures.
 pub fn sheet(titles: &[&str], rows: &[Row]) -> RgbImage {
     let columns = titles.len().max(1) as u32;
-    let (width, height) = (CELL + 2 * MARGIN, CELL + LINE + MARGIN);
-    let mut page = RgbImage::from_pixel(
-        columns * width,
-        LINE + MARGIN + rows.len() as u32 * height,
-        PAPER,
-    );
+    let width = CELL + 2 * MARGIN;
+    let mut page = RgbImage::from_pixel(columns * width, HEAD + rows.len() as u32 * ROW, PAPER);
     for (column, title) in titles.iter().enumerate() {
         write(&mut page, title, column as u32 * width, MARGIN / 2, width);
     }
     for (r, row) in rows.iter().enumerate() {
-        let top = LINE + MARGIN + r as u32 * height;
+        let top = HEAD + r as u32 * ROW;
         for (c, cell) in row.cells.iter().enumerate().take(titles.len()) {
             let Some(cell) = cell else { continue };
             let left = c as u32 * width;

@@ -2,7 +2,7 @@
 
 use std::io::{IsTerminal, Write};
 use std::str::FromStr;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -177,23 +177,41 @@ impl Context {
 
 /// Ctrl-C: the first asks the running command to stop after its step, the second ends the program at once.
 #[derive(Clone, Debug, Default)]
-pub struct Interrupt(Arc<AtomicUsize>);
+pub struct Interrupt {
+    presses: Arc<AtomicUsize>,
+    /// Whether the terminal is taken by [`super::tui`].
+    screen: Arc<AtomicBool>,
+}
 
 impl Interrupt {
     fn install(&self) -> Result<()> {
-        let presses = self.0.clone();
-        ctrlc::set_handler(move || {
-            if presses.fetch_add(1, Ordering::SeqCst) > 0 {
-                std::process::exit(130);
+        let interrupt = self.clone();
+        ctrlc::set_handler(move || interrupt.press())
+            .map_err(|e| Error::Input(format!("cannot listen for Ctrl-C: {e}")))
+    }
+
+    /// What a press of Ctrl-C does.
+    pub(super) fn press(&self) {
+        let screen = self.screen.load(Ordering::SeqCst);
+        if self.presses.fetch_add(1, Ordering::SeqCst) > 0 {
+            if screen {
+                ratatui::restore();
             }
+            std::process::exit(130);
+        }
+        if !screen {
             eprintln!("\nstopping after this step; press Ctrl-C again to stop at once");
-        })
-        .map_err(|e| Error::Input(format!("cannot listen for Ctrl-C: {e}")))
+        }
+    }
+
+    /// Says whether the terminal is taken.
+    pub(super) fn screen(&self, taken: bool) {
+        self.screen.store(taken, Ordering::SeqCst);
     }
 
     /// Whether Ctrl-C was pressed.
     pub fn requested(&self) -> bool {
-        self.0.load(Ordering::SeqCst) > 0
+        self.presses.load(Ordering::SeqCst) > 0
     }
 
     /// [`Error::Interrupted`] once Ctrl-C was pressed; called between steps.
@@ -285,7 +303,7 @@ pub(super) fn start_logging(common: &Common) {
     // Fails only if a subscriber is set already.
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(|| super::tui::LogWriter)
         .with_target(false)
         .without_time()
         .try_init();

@@ -22,8 +22,10 @@ pub mod eval;
 pub mod generate;
 pub mod merge;
 pub mod pretrain;
+pub mod report;
 pub mod targets;
 pub mod train;
+pub mod tui;
 
 pub use context::{Common, Context, Interrupt, Progress};
 
@@ -71,6 +73,8 @@ pub enum Command {
     Merge(merge::Args),
     /// Train a mini model from nothing by a recipe
     Pretrain(pretrain::Args),
+    /// Write the page of a run, or compare several
+    Report(report::Args),
     /// Make the word maps of every sample of a data set, from a diffusion model
     Targets(targets::Args),
     /// Ask a vision-language model about an image
@@ -90,6 +94,7 @@ impl Command {
             Self::Eval(args) => eval::run(args, context),
             Self::Merge(args) => merge::run(args, context),
             Self::Pretrain(args) => pretrain::run(args, context),
+            Self::Report(args) => report::run(args, context),
             Self::Targets(args) => targets::run(args, context),
             Self::Ask(args) => ask::run(args, context),
             Self::Train(args) => train::run(args, context),

@@ -1,7 +1,9 @@
 //! `train`: fine-tunes a vision-language model towards its targets.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
+use super::tui::{self, Dashboard, Screen};
 use super::{Context, Progress, targets};
 use crate::data::drawn::write as scenes_on_disk;
 use crate::data::scenes::{Scene, SceneSet, Split};
@@ -10,10 +12,12 @@ use crate::gpu::Gpu;
 use crate::train::checkpoint::Checkpoint;
 use crate::train::config::Mode;
 use crate::train::config::{Config, EMBEDDED};
-use crate::train::metrics::{EvalMetrics, StepMetrics};
+use crate::train::metrics::{self, EvalMetrics, StepMetrics};
 use crate::train::recipe::{Observer, Training};
+use crate::train::record::{HeldOut, Record};
+use crate::train::report::RunReport;
 use crate::train::rundir::RunDir;
-use crate::{Result, embedded};
+use crate::{Result, embedded, files};
 
 /// Seed of the embedded data set; the mini models were trained on scenes of others.
 const SCENES_SEED: u64 = 20;
@@ -35,6 +39,7 @@ const TIMED_STEPS: u64 = 3;
     lavender-wgpu train                                  the embedded mini models and data\n  \
     lavender-wgpu train smolvlm.toml\n  \
     lavender-wgpu train smolvlm.toml --set loss.lambda=0 --set run.dir=runs/autor    the autoregressive baseline\n  \
+    lavender-wgpu train smolvlm.toml --tui               with live curves\n  \
     lavender-wgpu train --resume runs/autor              goes on from the last whole checkpoint\n  \
     lavender-wgpu train --resume runs/autor --set train.steps=2000    and further than it was to go")]
 pub struct Args {
@@ -48,6 +53,9 @@ pub struct Args {
     /// may change
     #[arg(long, value_name = "RUN_DIR")]
     pub resume: Option<PathBuf>,
+    /// Draw live curves in the terminal; `q` stops the run after its step
+    #[arg(long)]
+    pub tui: bool,
 }
 
 /// Trains, or goes on training, and writes the run directory.
@@ -56,6 +64,9 @@ pub struct Args {
 /// Anything wrong with the configuration or its files, GPU faults, a loss that is not finite, Ctrl-C.
 /// Whole checkpoints stay and `--resume` goes on from the last.
 pub fn run(args: &Args, context: &Context) -> Result<()> {
+    if args.tui {
+        tui::check()?;
+    }
     let (run, config, from) = match &args.resume {
         Some(dir) => resumed(dir, args, context)?,
         None => {
@@ -96,28 +107,88 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
         training.restore(from)?;
         context.say(format_args!("going on at step {}", from.step));
     }
-    let mut watch = Watch {
-        done: 0,
-        spent_ms: 0.0,
-        progress: context.progress("train", training.total_steps() as usize),
-        context,
-    };
-    watch.progress.skip(from.map_or(0, |f| f.step as usize));
-    training.run(gpu, &run, &mut watch)?;
-    drop(watch);
+    let mut record = Record::read(&run)?.unwrap_or_default();
+    record.total_steps = training.total_steps();
+    record.samples = training.data().samples.len() as u64;
+    record.held_out = before.map(|before| HeldOut {
+        scenes: test.len() as u64,
+        before,
+        after: None,
+    });
+    let mut observer = observer(args, context, gpu, &training, &run)?;
+    record.begin(gpu.tier(), training.steps_done());
+    record.write(&run)?;
+    let started = Instant::now();
+    let result = training.run(gpu, &run, observer.as_mut());
+    drop(observer);
+    record.end(
+        training.steps_done(),
+        started.elapsed().as_secs_f64(),
+        &result,
+    );
+    let report = leave(&run, &record);
+    if result.is_err() && report.is_ok() {
+        context.say(format_args!("report: {}", run.report().display()));
+    }
+    result?;
+    report?;
     if let (Some(before), Some(after)) = (before, measure(gpu, &training, &test, "after", context)?)
     {
+        if let Some(held_out) = &mut record.held_out {
+            held_out.after = Some(after);
+        }
+        leave(&run, &record)?;
         table(context, before, after)?;
     }
     context.print(format_args!(
-        "{}, aligner {}, maps {}",
+        "{}, aligner {}, maps {}, report {}",
         match config.train.mode {
             Mode::Lora => format!("LoRA adapter {}", run.lora().display()),
             Mode::Full => format!("model {}", run.model().display()),
         },
         run.aligner().display(),
-        run.maps().display()
+        run.maps().display(),
+        run.report().display()
     ))
+}
+
+/// Writes the record of a run and its page.
+fn leave(run: &RunDir, record: &Record) -> Result<()> {
+    record.write(run)?;
+    let page = RunReport::read(run.root())?.html()?;
+    files::write_bytes(run.report(), page.as_bytes())
+}
+
+/// Who is told of the steps: a progress bar, or a screen of curves.
+fn observer<'a>(
+    args: &Args,
+    context: &'a Context,
+    gpu: &Gpu,
+    training: &Training,
+    run: &RunDir,
+) -> Result<Box<dyn Observer + 'a>> {
+    let (done, total) = (training.steps_done(), training.total_steps());
+    if !args.tui {
+        let progress = context.progress("train", total as usize);
+        progress.skip(done as usize);
+        return Ok(Box::new(Watch {
+            done: 0,
+            spent_ms: 0.0,
+            progress,
+            context,
+        }));
+    }
+    // Later lines are of steps that are done again.
+    let (mut steps, mut evaluations) = (Vec::new(), Vec::new());
+    if done > 0 {
+        steps = metrics::read(run.metrics())?;
+        steps.retain(|m| m.step < done);
+        evaluations = metrics::read_lines(run.evaluations())?;
+        evaluations.retain(|m: &EvalMetrics| m.step <= done);
+    }
+    let title = format!("{} on {}", run.root().display(), gpu.tier().name);
+    let dashboard = Dashboard::new(title, total, steps, evaluations);
+    Ok(Box::new(Screen::open(dashboard, context)?))
 }
 
 /// The run in `dir` with its last checkpoint, and its configuration changed as the arguments say.

@@ -1,6 +1,6 @@
 //! A student's figures on drawn scenes, where every word's region is known.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::attention::entropy;
 use crate::align::filter::WordRules;
@@ -20,7 +20,7 @@ use crate::vlm::{Prepared, Student, Taps};
 const BATCH: usize = 8;
 
 /// Figures over a set of scenes.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Figures {
     /// Mean negative log-likelihood of the questions' answers, nats per token.
     pub answer_loss: f64,

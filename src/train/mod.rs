@@ -16,6 +16,8 @@ pub mod pictures;
 mod predicted;
 pub mod pretrain;
 pub mod recipe;
+pub mod record;
+pub mod report;
 pub mod rundir;
 pub mod schedule;
 pub mod trained;

@@ -112,6 +112,12 @@ fn stopped_or_killed_runs_go_on_to_the_same_bits() {
         status.code() == Some(130) || !signalled || status.success(),
         "{status}"
     );
+    let page = fs::read_to_string(stopped.join("report.html")).unwrap();
+    assert_eq!(
+        page.contains("stopped by Ctrl-C"),
+        status.code() == Some(130),
+        "{page}"
+    );
     let output = resume(&stopped, &[]);
     assert!(output.status.success(), "{}", stderr(&output));
     assert_eq!(results(&stopped), expected, "stopped");

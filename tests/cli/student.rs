@@ -131,9 +131,15 @@ fn train_writes_a_run_that_ask_and_resume_read() {
         "lora/adapter_model.safetensors",
         "aligner.safetensors",
         "checkpoints/step-3/state.json",
+        "run.json",
     ] {
         assert!(root.join(file).is_file(), "{file}");
     }
+    let page = fs::read_to_string(root.join("report.html")).unwrap();
+    assert!(
+        page.contains("finished") && page.contains("3 of 3"),
+        "{page}"
+    );
     let output = run(&["train", "--resume", root.to_str().unwrap()]);
     assert!(output.status.success(), "{}", stderr(&output));
     assert_eq!(

@@ -12,6 +12,7 @@ mod predicted;
 mod pretrain;
 mod qlora;
 mod recipe;
+mod report;
 mod rundir;
 mod strategies;
 mod ten_steps;
