@@ -16,6 +16,7 @@ mod student;
 pub mod ask;
 pub mod attention;
 pub mod bench;
+pub mod config;
 pub mod data;
 pub mod devices;
 pub mod eval;
@@ -61,6 +62,8 @@ pub enum Command {
     Attention(attention::Args),
     /// Measure this adapter's speed, or compare machines
     Bench(bench::Args),
+    /// Write or check a configuration of a run
+    Config(config::Args),
     /// Look at a data set before training on it
     Data(data::Args),
     /// List the adapters of this machine, their drivers, tiers and limits
@@ -88,6 +91,7 @@ impl Command {
         match self {
             Self::Attention(args) => attention::run(args, context),
             Self::Bench(args) => bench::run(args, context),
+            Self::Config(args) => config::run(args, context),
             Self::Data(args) => data::run(args, context),
             Self::Devices(args) => devices::run(args, context),
             Self::Generate(args) => generate::run(args, context),

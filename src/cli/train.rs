@@ -19,6 +19,8 @@ use crate::train::report::RunReport;
 use crate::train::rundir::RunDir;
 use crate::{Result, embedded, files};
 
+mod dry_run;
+
 /// Seed of the embedded data set; the mini models were trained on scenes of others.
 const SCENES_SEED: u64 = 20;
 /// Scenes of the embedded training set.
@@ -40,6 +42,7 @@ const TIMED_STEPS: u64 = 3;
     lavender-wgpu train smolvlm.toml\n  \
     lavender-wgpu train smolvlm.toml --set loss.lambda=0 --set run.dir=runs/autor    the autoregressive baseline\n  \
     lavender-wgpu train smolvlm.toml --tui               with live curves\n  \
+    lavender-wgpu train smolvlm.toml --dry-run           what it would train, take and need; nothing is loaded\n  \
     lavender-wgpu train --resume runs/autor              goes on from the last whole checkpoint\n  \
     lavender-wgpu train --resume runs/autor --set train.steps=2000    and further than it was to go")]
 pub struct Args {
@@ -56,6 +59,10 @@ pub struct Args {
     /// Draw live curves in the terminal; `q` stops the run after its step
     #[arg(long)]
     pub tui: bool,
+    /// Print what would be trained, memory by part, compute and what is missing, by the configuration alone: neither
+    /// weights, data nor an adapter are needed, and no run is made
+    #[arg(long, conflicts_with_all = ["resume", "tui"])]
+    pub dry_run: bool,
 }
 
 /// Trains, or goes on training, and writes the run directory.
@@ -79,6 +86,9 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
                 )?,
             };
             let config = overridden(config, context);
+            if args.dry_run {
+                return dry_run::run(config, context);
+            }
             let run = RunDir::create(&config)?;
             (run, config, None)
         }

@@ -10,7 +10,7 @@ use super::unary::{Unary, unary};
 use crate::tensor::{DType, Tensor};
 
 /// Bytes of the logits that are there at once; as much again for their gradient.
-const LOGITS: usize = 64 << 20;
+pub const LOGITS: usize = 64 << 20;
 
 /// What [`linear_cross_entropy`] gives.
 pub struct LinearCrossEntropy {

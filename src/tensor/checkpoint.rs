@@ -203,6 +203,14 @@ impl Checkpoint {
         Ok(entry)
     }
 
+    /// That there is a tensor `name` of `shape`.
+    ///
+    /// # Errors
+    /// It is missing or has another shape.
+    pub fn check(&self, name: &str, shape: &[usize]) -> Result<()> {
+        self.entry(name, Some(shape)).map(|_| ())
+    }
+
     fn bytes(&self, entry: &Entry) -> &[u8] {
         &self.shards[entry.shard].1[entry.range.clone()]
     }

@@ -1,4 +1,5 @@
-//! A run's configuration: TOML tables, each key documented here with its default.
+//! A run's configuration: TOML tables, each key documented here with its default; `config/default.toml` documents them
+//! for users.
 //!
 //! Paths are relative to the working directory. An unknown key is refused with the nearest known one. `--set
 //! table.key=value` changes a key after the file was read; the resolved configuration is written into the run.
@@ -20,10 +21,12 @@ use crate::data::DataSet;
 mod changes;
 mod parse;
 mod quantize;
+mod template;
 mod training;
 
 pub use changes::Difference;
 pub use quantize::Quantize;
+pub use template::TEMPLATE;
 pub use training::{Eval, Mode, Optimizer, Precision, Train};
 
 /// Stands for the embedded mini models and data in `model.path`, `data.path` and `data.diffusion`.

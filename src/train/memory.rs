@@ -1,20 +1,25 @@
 //! How much GPU memory a run will take, by part, from shapes alone, before any weight is loaded.
 
 use std::fmt;
-use std::path::Path;
 
-use super::batch::Example;
 use super::config::{Config, Mode};
 use super::loader::Loader;
 use super::trained::lora_of;
 use crate::align::options::{Aggregate, AlignerKind};
 use crate::error::{Error, Result};
 use crate::gpu::{Gpu, size_class};
-use crate::nn::{Freeze, LoraConfig};
-use crate::tensor::{Checkpoint, DType};
-use crate::vlm::Pictures;
-use crate::vlm::idefics3::Idefics3Config;
-use crate::vlm::mllama::{MllamaConfig, canonical};
+use crate::nn::LoraConfig;
+use crate::ops::linear_cross_entropy::LOGITS;
+use crate::tensor::DType;
+
+mod compute;
+mod shape;
+mod student;
+
+pub use compute::operations;
+pub use shape::Shape;
+pub(crate) use shape::TEXT;
+pub use student::{Outline, Role, Tower, Weight};
 
 /// Samples that are looked at for the shape of a batch.
 const LOOKED_AT: usize = 4;
@@ -38,36 +43,24 @@ pub struct Estimate {
     pub batch: usize,
     /// The memory there is: `--max-memory` or the adapter's; `None` where neither is known.
     pub room: Option<u64>,
+    /// Trained elements of the student: LoRA factors, or its own weights.
+    pub trained: u64,
+    /// The aligner's elements.
+    pub aligner: u64,
     /// The activations with `train.checkpoint_activations`.
     recomputed: u64,
+    /// Whether the student's own weights are trained.
+    full: bool,
 }
 
-/// What a batch is made of: the most of any sample, times the samples.
-struct Shape {
-    tokens: usize,
-    patches: usize,
-    labels: usize,
-    words: usize,
-}
-
-/// A stack of transformer layers.
-struct Tower {
-    layers: usize,
-    hidden: usize,
-    /// Channels of queries, and of keys and values.
-    queries: usize,
-    keys: usize,
-    /// Channels within the feed-forward blocks times the copies of them that are kept.
-    inner: usize,
-    tokens: usize,
-}
-
-impl Tower {
-    /// Elements that the backward needs of one layer: the residual stream and what is added to it, twice each, the
-    /// normed inputs, queries, keys, values, the attention's output, and the feed-forward block's.
-    fn layer(&self) -> usize {
-        self.tokens * (6 * self.hidden + 2 * self.queries + 2 * self.keys + self.inner)
-    }
+/// The shape of the first batches of `loader`.
+///
+/// # Errors
+/// A sample that cannot be read or prepared.
+pub fn first_shape(config: &Config, loader: &Loader) -> Result<Shape> {
+    let (_, order) = loader.order(0);
+    let looked_at = &order[..order.len().min(LOOKED_AT)];
+    Shape::of(&loader.examples(looked_at)?, config)
 }
 
 impl Estimate {
@@ -77,79 +70,74 @@ impl Estimate {
     /// Files that cannot be read; weights and optimizer alone that do not fit, with what would make them.
     pub fn new(gpu: &Gpu, config: &Config, loader: &Loader) -> Result<Estimate> {
         let dtype = config.train.precision.dtype(gpu.tier())?;
-        let (_, order) = loader.order(0);
-        let looked_at = &order[..order.len().min(LOOKED_AT)];
-        let shape = Shape::of(&loader.examples(looked_at)?, config)?;
-        let mut estimate = Self::of(config, &shape, dtype)?;
-        estimate.room = gpu.room();
-        match estimate.room {
-            Some(room) if estimate.fixed() > room => Err(Error::Config(format!(
-                "out of GPU memory before it began: {estimate}; {}",
-                match config.train.mode {
-                    Mode::Full => "use train.mode = \"lora\", or freeze more by train.freeze",
-                    Mode::Lora =>
-                        "use model.quantize = \"q8\" or \"q4\", `--precision f16`, or a smaller model",
-                }
-            ))),
-            _ => Ok(estimate),
-        }
+        let shape = first_shape(config, loader)?;
+        let student = Outline::open(&config.model.path, &shape)?;
+        let estimate = Self::of(config, &student, &shape, dtype, gpu.room())?;
+        estimate.check()?;
+        Ok(estimate)
     }
 
-    fn of(config: &Config, shape: &Shape, dtype: DType) -> Result<Estimate> {
-        let dir = &config.model.path;
-        let model = Model::of(dir, shape)?;
-        let checkpoint = Checkpoint::open(dir, "model")?.rename(model.rename);
-        let lora = lora_of(config)?.rename(model.rename);
-        let freeze = Freeze(config.train.freeze.clone());
-        let full = config.train.mode == Mode::Full;
+    /// What it needs with a student and batches of these sizes and activations of type `dtype`, where there are `room`
+    /// bytes: no GPU, no weights, no data.
+    ///
+    /// # Errors
+    /// A configuration that trains nothing, or freezes what there is not.
+    pub fn of(
+        config: &Config,
+        student: &Outline,
+        shape: &Shape,
+        dtype: DType,
+        room: Option<u64>,
+    ) -> Result<Estimate> {
+        let lora = lora_of(config)?.rename(student.rename);
         let element = dtype.bytes() as u64;
-
         let mut estimate = Estimate {
-            batch: config.train.batch,
+            batch: shape.samples,
+            room,
+            full: config.train.mode == Mode::Full,
             ..Estimate::default()
         };
-        let (mut trained, mut beside, mut vision_trained) = (0u64, 0u64, false);
-        for name in checkpoint.names() {
-            let sizes = checkpoint.shape(name).unwrap_or_default();
-            let elements = sizes.iter().product::<usize>() as u64;
-            let own = full && !freeze.matches(name);
-            let stored = checkpoint.element_bytes(name).unwrap_or(4) as u64;
-            let held = match sizes.len() {
+        let roles = student.roles(config)?;
+        let (mut beside, mut vision_trained) = (0u64, false);
+        for (weight, role) in student.weights.iter().zip(&roles) {
+            let (elements, own) = (weight.elements(), *role == Role::Own);
+            let held = match weight.shape.len() {
                 _ if own => 4,
                 0 | 1 => 4,
-                _ => stored.min(if dtype == DType::F16 { 2 } else { 4 }),
+                _ => weight.bytes.min(if dtype == DType::F16 { 2 } else { 4 }) as u64,
             };
             // Tables and the output projection stay as they are.
-            let linear = !name.contains("embed") && !name.contains("lm_head");
-            estimate.weights += match (config.model.quantize.kind(), sizes) {
+            let linear = !weight.name.contains("embed") && !weight.name.contains("lm_head");
+            estimate.weights += match (config.model.quantize.kind(), &weight.shape[..]) {
                 (Some(kind), [outputs, inputs]) if linear && !own => kind.bytes(*outputs, *inputs),
                 _ => size_class(elements * held),
             };
-            trained += if own { elements } else { 0 };
-            let vision = name.contains("vision_model");
-            vision_trained |= own && vision;
-            let module = name.strip_suffix(".weight").unwrap_or(name);
-            let adapted = !full && lora.matches(module) && !freeze.matches(module);
-            if let ([outputs, inputs], true) = (sizes, adapted) {
-                let rank = lora.rank(module);
-                let factors = rank * (inputs + outputs);
-                trained += factors as u64;
-                estimate.added += 4 * factors as u64;
-                vision_trained |= vision;
-                beside += factors_kept(&lora, *inputs, *outputs, rank) as u64
-                    * model.tower(vision).tokens as u64;
+            vision_trained |= weight.in_vision() && *role != Role::Frozen;
+            match (role, &weight.shape[..]) {
+                (Role::Own, _) => estimate.trained += elements,
+                (Role::Adapted(rank), [outputs, inputs]) => {
+                    let factors = rank * (inputs + outputs);
+                    estimate.trained += factors as u64;
+                    estimate.added += 4 * factors as u64;
+                    beside += factors_kept(&lora, *inputs, *outputs, *rank) as u64
+                        * student.tower(weight.in_vision()).tokens as u64;
+                }
+                _ => {}
             }
         }
-        let (aligner, maps) = aligner(config, &model, shape.words);
-        estimate.added += 4 * aligner as u64;
-        estimate.optimizer = 12 * (trained + aligner as u64);
+        let (aligner, maps) = aligner(config, student, shape.words);
+        estimate.aligner = aligner as u64;
+        estimate.added += 4 * estimate.aligner;
+        estimate.optimizer = 12 * (estimate.trained + estimate.aligner);
         estimate.maps = 4 * maps as u64;
 
-        // Logits, their gradient, and a copy on the way.
-        let logits = 3 * (shape.labels * model.vocabulary) as u64;
-        let towers = [(&model.text, true), (&model.vision, vision_trained)];
-        let mut all = logits + beside + model.pictures as u64;
-        let mut recomputed = logits + model.pictures as u64;
+        // Logits in f32, as many rows as are there at once, and their gradient; that of the hidden states.
+        let row = 4 * student.vocabulary;
+        let rows = (LOGITS / row).max(64).min(shape.labels);
+        let logits = (2 * rows * row + 4 * shape.labels * student.text.hidden) as u64;
+        let towers = [(&student.text, true), (&student.vision, vision_trained)];
+        let mut all = beside + student.pictures as u64;
+        let mut recomputed = student.pictures as u64;
         for (tower, taped) in towers {
             // A gradient flows back through one layer at a time.
             let one = tower.layer() as u64;
@@ -157,12 +145,30 @@ impl Estimate {
             all += layers * one + one;
             recomputed += layers * (tower.tokens * tower.hidden) as u64 + 2 * one;
         }
-        estimate.recomputed = element * recomputed;
+        estimate.recomputed = logits + element * recomputed;
         estimate.activations = match config.train.checkpoint_activations {
             true => estimate.recomputed,
-            false => element * all,
+            false => logits + element * all,
         };
         Ok(estimate)
+    }
+
+    /// That what does not depend on the batch fits.
+    ///
+    /// # Errors
+    /// It does not; with what would make it.
+    pub fn check(&self) -> Result<()> {
+        match self.room {
+            Some(room) if self.fixed() > room => Err(Error::Config(format!(
+                "out of GPU memory before it began: {self}; {}",
+                match self.full {
+                    true => "use train.mode = \"lora\", or freeze more by train.freeze",
+                    false =>
+                        "use model.quantize = \"q8\" or \"q4\", `--precision f16`, or a smaller model",
+                }
+            ))),
+            _ => Ok(()),
+        }
     }
 
     /// The most that is held at once.
@@ -231,113 +237,12 @@ impl fmt::Display for Estimate {
     }
 }
 
-fn mib(bytes: u64) -> String {
-    format!("{:.1} MiB", bytes as f64 / (1u64 << 20) as f64)
-}
-
-impl Shape {
-    fn of(examples: &[Example], config: &Config) -> Result<Shape> {
-        let dir = &config.model.path;
-        let merged = match Idefics3Config::load(dir) {
-            Ok(config) => config.scale_factor * config.scale_factor,
-            Err(_) => 1,
-        };
-        let vision = MllamaConfig::load(dir).map(|config| config.vision);
-        let patches = |example: &Example| match (&example.prepared.pictures, &vision) {
-            (Pictures::Idefics3(prompt), _) => prompt.image_positions.len() * merged,
-            (Pictures::Mllama(prompt), Ok(vision)) => {
-                let tile = (vision.image_size / vision.patch).pow(2) + 1;
-                prompt.images.len() * vision.max_tiles * tile
-            }
-            (Pictures::Mllama(_), Err(_)) => 0,
-        };
-        let most = |of: &dyn Fn(&Example) -> usize| {
-            config.train.batch * examples.iter().map(of).max().unwrap_or(0)
-        };
-        Ok(Shape {
-            tokens: most(&|e| e.prepared.ids.len()),
-            patches: most(&patches),
-            labels: most(&|e| e.prepared.learned()),
-            words: most(&|e| e.words.words.len()),
-        })
-    }
-}
-
-/// A student's sizes.
-struct Model {
-    text: Tower,
-    vision: Tower,
-    vocabulary: usize,
-    hooked: usize,
-    heads: usize,
-    /// Elements of image tokens, and of their keys and values where layers attend to them.
-    pictures: usize,
-    rename: fn(&str) -> String,
-}
-
-impl Model {
-    fn of(dir: &Path, shape: &Shape) -> Result<Model> {
-        let (text, pictures) = (shape.tokens, shape.patches);
-        if let Ok(config) = MllamaConfig::load(dir) {
-            let (vision, head) = (&config.vision, config.hidden / config.heads);
-            let cross = 2 * config.cross_layers.len() * config.kv_heads * head;
-            return Ok(Model {
-                text: Tower {
-                    layers: config.layers,
-                    hidden: config.hidden,
-                    queries: config.hidden,
-                    keys: config.kv_heads * head,
-                    inner: 3 * config.intermediate,
-                    tokens: text,
-                },
-                vision: Tower {
-                    layers: vision.layers + vision.global_layers,
-                    hidden: vision.hidden,
-                    queries: vision.hidden,
-                    keys: vision.hidden,
-                    inner: 2 * vision.intermediate,
-                    tokens: pictures,
-                },
-                vocabulary: config.vocabulary,
-                hooked: config.cross_layers.len(),
-                heads: config.heads,
-                pictures: pictures * (config.hidden + cross),
-                rename: canonical,
-            });
-        }
-        let config = Idefics3Config::load(dir)?;
-        let vision = &config.vision;
-        Ok(Model {
-            text: Tower {
-                layers: config.layers,
-                hidden: config.hidden,
-                queries: config.heads * config.head_dim,
-                keys: config.kv_heads * config.head_dim,
-                inner: 3 * config.intermediate,
-                tokens: text,
-            },
-            vision: Tower {
-                layers: vision.layers,
-                hidden: vision.hidden,
-                queries: vision.hidden,
-                keys: vision.hidden,
-                inner: 2 * vision.intermediate,
-                tokens: pictures,
-            },
-            vocabulary: config.vocabulary,
-            hooked: config.layers,
-            heads: config.heads,
-            // Normed, merged, and among the text.
-            pictures: 2 * pictures * vision.hidden + 2 * text * config.hidden,
-            rename: str::to_string,
-        })
-    }
-
-    fn tower(&self, vision: bool) -> &Tower {
-        match vision {
-            true => &self.vision,
-            false => &self.text,
-        }
+/// Bytes as a person reads them.
+pub fn mib(bytes: u64) -> String {
+    let mib = bytes as f64 / (1u64 << 20) as f64;
+    match mib {
+        0.0..10_240.0 => format!("{mib:.1} MiB"),
+        _ => format!("{:.1} GiB", mib / 1024.0),
     }
 }
 
@@ -348,34 +253,47 @@ fn factors_kept(lora: &LoraConfig, inputs: usize, outputs: usize, rank: usize) -
 }
 
 /// Elements of the aligner's weights, and of what the backward needs of the maps of `words` words.
-fn aligner(config: &Config, model: &Model, words: usize) -> (usize, usize) {
-    let (hidden, channels) = (config.aligner.hidden, model.heads);
-    let all: Vec<usize> = (0..model.hooked).collect();
-    let layers = config.attention.layers.choose(&all);
-    let layers = layers.map_or(model.hooked, |chosen| chosen.len());
-    let (blocks, window): (usize, usize) = match config.aligner.kind {
-        AlignerKind::None => (0, 0),
-        AlignerKind::Mlp => (2, 1),
-        AlignerKind::Light => (2, 9),
-        AlignerKind::Deep => (5, 9),
-        AlignerKind::Conv => (3, 9),
+fn aligner(config: &Config, student: &Outline, words: usize) -> (usize, usize) {
+    let (hidden, channels) = (
+        config.aligner.hidden,
+        config.aggregation().channels(student.heads),
+    );
+    let layers = tapped(config, student);
+    // Convolutions hidden to hidden, and what stands around them.
+    let weights = match config.aligner.kind {
+        AlignerKind::None => 0,
+        AlignerKind::Mlp => (channels + 1) * hidden + (hidden + 1) * hidden + hidden + 1,
+        AlignerKind::Light => 9 * 2 * channels * hidden + channels + 1,
+        AlignerKind::Conv => 9 * (2 * channels + hidden) * hidden + channels + 1,
+        AlignerKind::Deep => 9 * (2 * channels + 3 * hidden) * hidden + channels + 1,
     };
-    let inner = blocks.max(1) - 1;
-    let weights = match blocks {
-        0 => 0,
-        _ => {
-            window * (2 * channels * hidden + inner.saturating_sub(1) * hidden * hidden) + channels
-        }
+    let inner = match config.aligner.kind {
+        AlignerKind::None => 0,
+        AlignerKind::Mlp | AlignerKind::Light => 1,
+        AlignerKind::Conv => 2,
+        AlignerKind::Deep => 4,
     };
     // Each layer's words are resized and joined; then convolution, norm and activation of each block.
-    let given = 2 * layers * words * MAP * channels;
-    let through = match config.attention.aggregate {
-        Aggregate::Learned => layers * words,
-        _ => words,
-    };
+    let given = 2 * layers * words * MAP * student.heads;
     let blocks = 3 * (inner * hidden + channels);
     // As much again while the widest block's gradient flows.
+    let through = aligned(config, layers) * words;
     (weights, given + through * MAP * (blocks + 2 * hidden))
+}
+
+/// Number of hooked layers that are tapped.
+fn tapped(config: &Config, student: &Outline) -> usize {
+    let all: Vec<usize> = (0..student.hooked).collect();
+    let layers = config.attention.layers.choose(&all);
+    layers.map_or(student.hooked, |chosen| chosen.len())
+}
+
+/// How many maps of a word pass through the aligner.
+fn aligned(config: &Config, layers: usize) -> usize {
+    match config.attention.aggregate {
+        Aggregate::Learned => layers,
+        _ => 1,
+    }
 }
 
 #[cfg(test)]

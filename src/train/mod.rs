@@ -13,6 +13,7 @@ pub mod metrics;
 pub mod objective;
 pub mod optimizer;
 pub mod pictures;
+pub mod plan;
 mod predicted;
 pub mod pretrain;
 pub mod recipe;

@@ -142,7 +142,7 @@ pub(super) fn lora_of(config: &Config) -> Result<LoraConfig> {
 }
 
 /// Why nothing would be trained.
-fn nothing(config: &Config, lora: &LoraConfig) -> Error {
+pub(super) fn nothing(config: &Config, lora: &LoraConfig) -> Error {
     let model = config.model.path.display();
     let frozen = match config.train.freeze.is_empty() {
         true => String::new(),

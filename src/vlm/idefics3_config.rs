@@ -237,19 +237,19 @@ impl Idefics3Config {
         side / self.vision.patch / self.scale_factor
     }
 
-    /// That tiles of `side` pixels can be encoded: whole patches, whole groups of them, no more than the
-    /// position table has.
+    /// That tiles of `side` pixels can be encoded: whole groups of patches. Pixels beyond the last whole patch are left
+    /// out, as the published model does (384 pixels are 27 patches of 14).
     ///
     /// # Errors
     /// Names the processor's file in `dir`, found and expected.
     pub fn check_tile(&self, dir: &Path, side: usize) -> Result<()> {
-        let step = self.vision.patch * self.scale_factor;
-        if side.is_multiple_of(step) {
+        let patches = side / self.vision.patch;
+        if patches > 0 && patches.is_multiple_of(self.scale_factor) {
             return Ok(());
         }
         let message = format!(
-            "image processor, field `max_image_size.longest_edge`: {side} found, a multiple of {step} expected \
-             (patch_size {} x scale_factor {})",
+            "image processor, field `max_image_size.longest_edge`: {side} found, which is {patches} patches of {}; \
+             a multiple of scale_factor {} expected",
             self.vision.patch, self.scale_factor
         );
         Err(Error::file(dir, message))

@@ -227,21 +227,30 @@ impl SplitConfig {
         }
     }
 
+    /// Tiles down and across of a picture of this size; (0, 0) for one that is its own only tile.
+    pub fn grid(&self, width: u32, height: u32) -> (usize, usize) {
+        let (width, height) = self.first_size(width, height);
+        let (width, height) = self.whole_tiles(width, height);
+        let side = self.side as u32;
+        match ((height / side) as usize, (width / side) as usize) {
+            _ if !self.split => (0, 0),
+            (1, 1) => (0, 0),
+            grid => grid,
+        }
+    }
+
     /// Cuts a picture into tiles.
     pub fn tiles(&self, picture: &RgbImage) -> Tiles {
         let side = self.side as u32;
         let (width, height) = self.first_size(picture.width(), picture.height());
         let scaled = resize(picture, width, height, self.filter);
-        let (scaled, grid) = if self.split {
-            let (width, height) = self.whole_tiles(width, height);
-            let grid = ((height / side) as usize, (width / side) as usize);
-            let one = grid == (1, 1);
-            (
-                resize(&scaled, width, height, self.filter),
-                if one { (0, 0) } else { grid },
-            )
-        } else {
-            (scaled, (0, 0))
+        let grid = self.grid(picture.width(), picture.height());
+        let scaled = match self.split {
+            true => {
+                let (width, height) = self.whole_tiles(width, height);
+                resize(&scaled, width, height, self.filter)
+            }
+            false => scaled,
         };
         let global = resize(&scaled, side, side, self.filter);
         // numpy's arithmetic: the product in double, then single-precision subtraction and division.
@@ -414,7 +423,7 @@ impl Idefics3Processor {
         })
     }
 
-    /// What stands in the prompt for a picture cut into `grid` tiles.
+    /// What stands in the prompt for a picture cut into `grid` tiles; [`prompt_tokens`] of the published tokenizers.
     fn expansion(&self, grid: (usize, usize)) -> String {
         let tile = IMAGE_TOKEN.repeat(self.tile_tokens);
         let mut text = String::new();
@@ -429,6 +438,13 @@ impl Idefics3Processor {
         }
         text + &format!("{FAKE_TOKEN}{GLOBAL_TOKEN}{tile}{FAKE_TOKEN}")
     }
+}
+
+/// Tokens of a prompt that stand for a picture cut into `grid` tiles of `tile_tokens` image tokens: before each tile
+/// two more, after each row a line break, a further one after them all, and three around the global tile.
+pub fn prompt_tokens(grid: (usize, usize), tile_tokens: usize) -> usize {
+    let rows = if grid.0 > 0 { grid.0 + 1 } else { 0 };
+    grid.0 * grid.1 * (tile_tokens + 2) + rows + tile_tokens + 3
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ use crate::ops::attention_tap::AttentionTap;
 use crate::tensor::{DType, Tensor};
 
 /// Rows of the token table past the vocabulary; `<|image|>` is the first of them.
-const EXTRA_TOKENS: usize = 8;
+pub(super) const EXTRA_TOKENS: usize = 8;
 
 /// The bit of text rows that see no picture: such a row attends to every tile, and its feed-forward
 /// update is dropped.

@@ -13,6 +13,7 @@ mod mllama_vision;
 mod prepare;
 pub mod processor;
 mod sample;
+mod shapes;
 mod siglip;
 mod student;
 
@@ -23,4 +24,5 @@ pub use idefics3_config::SiglipConfig;
 pub use idefics3_processor::Tiles;
 pub use prepare::Processor;
 pub use sample::{Answer, Grid, Pictures, Prepared};
-pub use student::{Output, Student, Taps};
+pub use shapes::{Shapes, shapes};
+pub use student::{Output, Student, Taps, check_freeze};

@@ -16,7 +16,7 @@ use super::processor::tokenizer::{TextTokenizer, read_json};
 use super::sample::{Pictures, Prepared};
 use crate::autograd::{Var, no_grad};
 use crate::gpu::Gpu;
-use crate::nn::{LoadOptions, Loader, Parameters};
+use crate::nn::{Freeze, LoadOptions, Loader, Parameters};
 use crate::ops::attention_tap::AttentionTap;
 use crate::tensor::{Checkpoint, Tensor};
 use crate::{Error, Result};
@@ -71,16 +71,11 @@ impl Student {
         let rename = canonical(&model_type(dir)?);
         let checkpoint = Checkpoint::open(dir, "model")?.rename(rename);
         options.lora = options.lora.map(|lora| lora.rename(rename));
-        if let Some(pattern) = options
-            .freeze
-            .unmatched(&checkpoint.names().collect::<Vec<_>>())
-        {
-            return Err(Error::Config(format!(
-                "train.freeze: `{pattern}` matches no tensor of {}; expected `vision`, `connector`, `language`, \
-                 `layers.A-B` or a part of a tensor's name between dots",
-                dir.display()
-            )));
-        }
+        check_freeze(
+            &options.freeze,
+            &checkpoint.names().collect::<Vec<_>>(),
+            dir,
+        )?;
         Self::load(dir, &Loader::new(gpu, checkpoint, options))
     }
 
@@ -350,6 +345,21 @@ impl Student {
             Family::Idefics3 { .. } => canonical("idefics3")(name),
             Family::Mllama { .. } => canonical("mllama")(name),
         }
+    }
+}
+
+/// That each pattern of `freeze` matches some tensor of the checkpoint in `dir`.
+///
+/// # Errors
+/// The first that matches none of `names`.
+pub fn check_freeze(freeze: &Freeze, names: &[&str], dir: &Path) -> Result<()> {
+    match freeze.unmatched(names) {
+        None => Ok(()),
+        Some(pattern) => Err(Error::Config(format!(
+            "train.freeze: `{pattern}` matches no tensor of {}; expected `vision`, `connector`, `language`, \
+             `layers.A-B` or a part of a tensor's name between dots",
+            dir.display()
+        ))),
     }
 }
 

@@ -15,6 +15,7 @@ mod mllama_processor;
 mod null_text;
 mod quantized;
 mod resize;
+mod shapes;
 mod smolvlm;
 mod smolvlm_fixture;
 mod smolvlm_train;

@@ -44,6 +44,13 @@ impl Config {
     /// # Errors
     /// A configuration that cannot be written as TOML.
     pub fn differences(&self, after: &Config) -> Result<Vec<Difference>> {
+        let mut differences = self.all_differences(after)?;
+        differences.retain(|d| d.key != "run.dir");
+        Ok(differences)
+    }
+
+    /// [`Config::differences`] with `run.dir`.
+    pub(super) fn all_differences(&self, after: &Config) -> Result<Vec<Difference>> {
         let (before, after) = (leaves(self)?, leaves(after)?);
         let value = |table: &Table, key: &str| {
             let value = table.get(key);
@@ -52,8 +59,7 @@ impl Config {
         let mut keys: Vec<&String> = before.keys().chain(after.keys()).collect();
         keys.sort();
         keys.dedup();
-        let differences = keys.into_iter().filter(|key| *key != "run.dir");
-        let differences = differences.map(|key| Difference {
+        let differences = keys.into_iter().map(|key| Difference {
             key: key.clone(),
             before: value(&before, key),
             after: value(&after, key),
@@ -92,7 +98,7 @@ impl Config {
 }
 
 /// Every value by `table.key`.
-fn leaves(config: &Config) -> Result<Table> {
+pub(super) fn leaves(config: &Config) -> Result<Table> {
     let tables = Table::try_from(config).map_err(|e| Error::Config(e.to_string()))?;
     let mut leaves = Table::new();
     for (table, keys) in tables {
