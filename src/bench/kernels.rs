@@ -403,8 +403,8 @@ fn memory_bound() -> Vec<Case> {
             Box::new(move || drop(softmax(&a)))
         }),
         streaming("rotary", &[1, 1200, 576], 2, move |gpu, s| {
-            let (a, c) = (x(gpu, s), x(gpu, &[1200, 64]));
-            let sine = x(gpu, &[1200, 64]);
+            let (a, c) = (x(gpu, s), x(gpu, &[1, 1200, 32]));
+            let sine = x(gpu, &[1, 1200, 32]);
             Box::new(move || drop(rotary(&a, &c, &sine, 9)))
         }),
         streaming("cross_entropy", &[64, 49_280], 1, move |gpu, s| {

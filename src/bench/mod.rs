@@ -115,7 +115,7 @@ pub struct Timing {
     pub cpu_ms: Option<f64>,
 }
 
-/// Times `run`, waiting for the device after each, for about `seconds` but at least three times.
+/// Times `run`, waiting for the device after each, for about `seconds`: at least three times, or for ten times as long.
 ///
 /// # Errors
 /// Any GPU error.
@@ -128,7 +128,7 @@ pub fn time(gpu: &Gpu, seconds: f64, run: &mut dyn FnMut()) -> Result<Timing> {
     };
     let first_ms = once()?;
     let (begin, cpu, mut times) = (Instant::now(), process_cpu_seconds(), Vec::new());
-    while begin.elapsed().as_secs_f64() < seconds || times.len() < 3 {
+    while again(begin.elapsed().as_secs_f64(), seconds, times.len()) {
         times.push(once()?);
     }
     let spent = cpu.zip(process_cpu_seconds());
@@ -140,6 +140,11 @@ pub fn time(gpu: &Gpu, seconds: f64, run: &mut dyn FnMut()) -> Result<Timing> {
         runs: times.len(),
         first_ms,
     })
+}
+
+/// Whether a measurement that has taken `elapsed` seconds for `runs` runs goes on.
+fn again(elapsed: f64, seconds: f64, runs: usize) -> bool {
+    elapsed < seconds || (runs < 3 && elapsed < 10.0 * seconds)
 }
 
 /// Seconds of CPU that this process has used, in steps of ten milliseconds, where the system tells.

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Timing, thread_cpu_seconds};
+use super::{Timing, again, process_cpu_seconds, thread_cpu_seconds};
 use crate::align::aligner::{Aligner, AlignerShape};
 use crate::align::loss::{aligned, attention_loss};
 use crate::align::maps::{SampleWords, word_maps};
@@ -77,7 +77,7 @@ pub struct StepTime {
     /// Dispatches of a step.
     pub dispatches: u64,
     /// CPU milliseconds of the thread that records a step, where the system tells.
-    pub cpu_ms: Option<f64>,
+    pub recording_ms: Option<f64>,
     /// Device milliseconds within kernels, from timestamps of a second, profiled run; `None` without timestamps.
     pub kernel_ms: Option<f64>,
 }
@@ -292,16 +292,17 @@ pub fn run(
     let first_ms = start.elapsed().as_secs_f64() * 1e3;
     gpu.reset_peak();
     let (dispatched, cpu) = (gpu.dispatches(), thread_cpu_seconds());
+    let all_cpu = process_cpu_seconds();
     let (begin, mut times) = (Instant::now(), Vec::new());
-    while begin.elapsed().as_secs_f64() < seconds || times.len() < 3 {
+    while again(begin.elapsed().as_secs_f64(), seconds, times.len()) {
         let start = Instant::now();
         run.step()?;
         times.push(start.elapsed().as_secs_f64() * 1e3);
     }
     let steps = times.len();
-    let cpu_ms = cpu
-        .zip(thread_cpu_seconds())
-        .map(|(before, after)| (after - before) * 1e3 / steps as f64);
+    let each = |(before, after): (f64, f64)| (after - before) * 1e3 / steps as f64;
+    let recording_ms = cpu.zip(thread_cpu_seconds()).map(each);
+    let all_cpu = all_cpu.zip(process_cpu_seconds()).map(each);
     let (dispatches, peak_bytes) = (
         (gpu.dispatches() - dispatched) / steps as u64,
         gpu.memory().peak_bytes,
@@ -318,12 +319,12 @@ pub fn run(
             best_ms: times[0],
             runs: steps,
             first_ms,
-            cpu_ms: None,
+            cpu_ms: all_cpu,
         },
         tokens_per_second: tokens as f64 / median_ms * 1e3,
         peak_bytes,
         dispatches,
-        cpu_ms,
+        recording_ms,
         kernel_ms: match gpu.tier().timestamps {
             true => Some(kernel_ms(options, setting, dtype)?),
             false => None,

@@ -204,7 +204,9 @@ fn time_training(args: &Args, gpu: &Gpu, report: &mut Report, context: &Context)
     for setting in training::Setting::ALL {
         context.interrupt.check()?;
         let timed = training::run(gpu, &context.gpu_options(), setting, dtype, args.seconds)?;
-        let each = timed.cpu_ms.map(|ms| 1e3 * ms / timed.dispatches as f64);
+        let each = timed
+            .recording_ms
+            .map(|ms| 1e3 * ms / timed.dispatches as f64);
         context.print(format_args!(
             "{:60} {:9.1} {:9.1} {:9} {:11} {:>12} {:>16}",
             format!("{}, {} tokens", setting.name(), timed.tokens),
@@ -221,7 +223,21 @@ fn time_training(args: &Args, gpu: &Gpu, report: &mut Report, context: &Context)
         ))?;
         report.training.push(timed);
     }
-    Ok(())
+    let step = |wanted| report.training.iter().find(|s| s.setting == wanted);
+    let ratio = step(training::Setting::Lavender)
+        .zip(step(training::Setting::Lora))
+        .map(|(guided, plain)| (guided.timing, plain.timing));
+    let Some((guided, plain)) = ratio else {
+        return Ok(());
+    };
+    let by_cpu = match (guided.cpu_ms, plain.cpu_ms, gpu.tier().cpu) {
+        (Some(guided), Some(plain), true) => format!(" ({:.3} by CPU time)", guided / plain),
+        _ => String::new(),
+    };
+    context.print(format_args!(
+        "a guided step takes {:.3} times one of λ = 0{by_cpu}",
+        guided.median_ms / plain.median_ms
+    ))
 }
 
 fn heading(context: &Context, name: &str, time: &str, rest: &str) -> Result<()> {

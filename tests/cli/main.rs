@@ -1,6 +1,7 @@
 //! Tests of the program as a user starts it.
 
 mod bad_input;
+mod bench;
 mod data;
 mod devices;
 mod eval;

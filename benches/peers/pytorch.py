@@ -1,0 +1,137 @@
+#!/usr/bin/env python3
+"""lavender-wgpu's benchmark and PyTorch's on the same machine, one after the other, and the ratio of each figure.
+
+    python benches/peers/pytorch.py [--program target/release/lavender-wgpu] [--what kernels unet train] [--threads N]
+        [--device cpu|cuda] [--json FILE]
+
+Needs torch; `unet` also diffusers, `train` transformers and peft. The kernels' statements come from the program's own
+report, so both sides compute the same shapes. Ratios are PyTorch's median time over ours: 1 is as fast, 0.2 five times
+slower. Both load averages are printed: on a busy machine the figures say little.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+def timed(torch, f, device, seconds):
+    def once():
+        start = time.perf_counter()
+        f()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    once()
+    times, end = [], time.time() + seconds
+    while time.time() < end or len(times) < 3:
+        times.append(once())
+    return statistics.median(times) * 1e3
+
+
+def kernels(torch, report, device, seconds):
+    import torch.nn.functional as F
+
+    for kernel in report["kernels"]:
+        if kernel.get("pytorch"):
+            setup, statement = kernel["pytorch"]
+            scope = {"torch": torch, "F": F}
+            exec(setup, scope)
+            run = eval(f"lambda: {statement}", scope)
+            yield kernel["name"], kernel["median_ms"], timed(torch, run, device, seconds)
+
+
+def unets(torch, report, device, seconds):
+    from diffusers import UNet2DConditionModel
+
+    model = UNet2DConditionModel(
+        sample_size=64, cross_attention_dim=768, attention_head_dim=8, block_out_channels=(320, 640, 1280, 1280)
+    ).eval()
+    for row in report["unet"]:
+        if row["capture"]:
+            continue
+        half = row["dtype"] == "f16" and device == "cuda"
+        model = model.to(torch.float16 if half else torch.float32)
+        dtype = next(model.parameters()).dtype
+        x = torch.rand(row["batch"], 4, row["side"], row["side"], dtype=dtype)
+        text = torch.rand(row["batch"], 77, 768, dtype=dtype)
+        with torch.no_grad():
+            mine = timed(torch, lambda: model(x, 261, encoder_hidden_states=text), device, seconds)
+        yield f"U-Net {row['side']}², batch {row['batch']}, {row['dtype']} (PyTorch {dtype})", row["median_ms"], mine
+
+
+def steps(torch, report, device, seconds):
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=49280, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, rope_theta=1e5, tie_word_embeddings=True, attn_implementation="sdpa",
+    )
+    for row in report["training"]:
+        if not row["setting"].startswith("text"):
+            continue
+        model = LlamaForCausalLM(config)
+        if row["setting"] == "text-lora":
+            model = get_peft_model(model, LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"]))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        ids = torch.randint(0, 40000, (1, row["tokens"]))
+        labels = ids.clone()
+        labels[:, :-32] = -100
+
+        def step():
+            loss = model(input_ids=ids, labels=labels).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            loss.item()
+
+        yield f"training step, SmolLM2-135M, {row['setting']}", row["median_ms"], timed(torch, step, device, seconds)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--program", nargs="+", default=["target/release/lavender-wgpu"])
+    parser.add_argument("--what", nargs="+", choices=["kernels", "unet", "train"], default=["kernels", "unet", "train"])
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--seconds", type=float, default=0.5)
+    parser.add_argument("--filter", action="append", default=[])
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    rows = []
+    import torch
+
+    torch.set_num_threads(args.threads)
+    torch.set_default_device(args.device)
+    print(f"PyTorch {torch.__version__} on {args.device}, {args.threads} threads")
+    for what, peer in (("kernels", kernels), ("unet", unets), ("train", steps)):
+        if what not in args.what:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "report.json"
+            filters = [part for text in args.filter for part in ("--filter", text)] if what == "kernels" else []
+            command = [*args.program, "bench", what, "--seconds", str(args.seconds), "--json", str(out), *filters]
+            before = os.getloadavg()[0]
+            if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+                sys.exit(f"failed: {' '.join(command)}")
+            report = json.loads(out.read_text())
+        print(f"\n{report['tier']['name']} [{report['tier']['driver']}]; load before {before:.1f}")
+        print(f"{'':60} {'ours ms':>10} {'PyTorch':>10}  ratio")
+        for name, ours, theirs in peer(torch, report, args.device, args.seconds):
+            rows.append({"name": name, "ours_ms": ours, "pytorch_ms": theirs, "ratio": theirs / ours})
+            print(f"{name:60} {ours:10.3f} {theirs:10.3f} {theirs / ours:6.3f}", flush=True)
+        print(f"load after {os.getloadavg()[0]:.1f}")
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
