@@ -8,7 +8,7 @@
 # a stopped script goes on where it was. `$LAVENDER` is the program, by default the one of this build.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-set=$1 out=$2 steps=${3:-400} questions=${4:-1500}
+set=$1 out=$2 steps=${3:-600} questions=${4:-1500}
 lavender=${LAVENDER:-target/release/lavender-wgpu}
 words=circle,triangle,red,green,blue,yellow  # what the mini teacher knows
 
@@ -24,6 +24,7 @@ run() { # LABEL SEED KEY=VALUE...
         [ -e "$dir/lora/adapter_model.safetensors" ] || { rm -rf "$dir"; $lavender --quiet train models/mini/train.toml \
             --set model.path=models/mini/student --set data.path="$out/train.json" --set data.images="$set" \
             --set data.targets="$out/targets" --set train.steps="$steps" \
+            --set optimizer.schedule=cosine --set optimizer.warmup_steps=20 \
             --set train.seed="$seed" --set run.dir="$dir" "$@"; }
         $lavender --quiet eval --model models/mini/student --lora "$dir" --data "$out/test.json" --images "$set" \
             --limit "$questions" --max-tokens 4 --label "$label" --out "$out/eval/$label-$seed"

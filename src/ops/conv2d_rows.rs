@@ -3,7 +3,7 @@
 
 use super::conv2d::{Geometry, Mode};
 use super::dispatch_work;
-use super::matmul::window;
+use super::matmul::{limit, window};
 use super::rows::{self, RowsParams, Strided};
 use crate::gpu::Kernel;
 use crate::tensor::{DType, Tensor};
@@ -104,12 +104,15 @@ fn image(mode: Mode, g: &Geometry, x: &Tensor) -> (Tensor, usize, [usize; 3]) {
     (out, 0, size)
 }
 
-/// `w` [taps, in, out] as panels of `b`, or itself where it already reads as whole vec4s:
+/// `w` [taps, in, out] as panels of `b`, or itself where it already reads as whole vec4s and few pixels read it:
 /// the tensor, its row and its panel stride.
 fn weight(mode: Mode, g: &Geometry, w: &Tensor) -> (Tensor, usize, usize) {
     let (ci, co) = (g.input[2], g.output[2]);
     let ready = w.dtype() == DType::F32 && ci.is_multiple_of(4) && co.is_multiple_of(4);
-    if mode == Mode::Forward && ready {
+    let pixels = g.batch * g.output[0] * g.output[1];
+    let packed = rows::panel_bytes(g.taps(), ci, co) as u64;
+    let packs = pixels >= rows::PACKED_ROWS && packed <= limit(w);
+    if mode == Mode::Forward && ready && !packs {
         return (w.clone(), co, rows::TILE[1]);
     }
     // The input gradient correlates dy with the weight turned round and its channels exchanged.

@@ -8,6 +8,9 @@ use crate::tensor::{DType, Quantization, QuantizedMatrix, Tensor};
 /// Rows and columns of `c` that a workgroup of `matmul_rows` computes.
 pub(crate) const TILE: [usize; 2] = [16, 32];
 
+/// Rows of `a` from which packing `b` pays: its own rows lie pages apart, or a power of two, and share a cache's few places.
+pub(crate) const PACKED_ROWS: usize = 256;
+
 /// Parameters of `wgsl/matmul_rows.wgsl`, where they are described.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]

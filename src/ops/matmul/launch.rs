@@ -28,9 +28,6 @@ struct Params {
     epilogue: Epilogue,
 }
 
-/// Rows of `a` from which packing `b` pays: rows that are a power of two apart share a cache's few places.
-const PACKED_ROWS: usize = 256;
-
 /// Whether the CPU kernel takes `b` in panels: it reads f32 rows along n in whole vec4s, and packing many costs little.
 pub(super) fn packs_b(o: &Operands<'_>, g: &Geometry) -> bool {
     o.variant == Variant::Rows
@@ -40,7 +37,7 @@ pub(super) fn packs_b(o: &Operands<'_>, g: &Geometry) -> bool {
                 .iter()
                 .all(|v| v.is_multiple_of(4))
             || !(o.options.trans_a || g.k.is_multiple_of(4))
-            || g.m >= PACKED_ROWS)
+            || g.m >= rows::PACKED_ROWS)
 }
 
 /// Whether it needs `a` in padded f32 rows (kept in column form when transposed).
