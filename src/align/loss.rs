@@ -10,6 +10,9 @@ use crate::tensor::Tensor;
 /// Added to what is divided by or taken the logarithm of.
 const EPS: f32 = 1e-6;
 
+/// Less than any two layers' maximum, for maps that are zero.
+const TINY: f32 = 1e-20;
+
 /// One map per word [words, R, R, 1] from word maps [words, R, R, heads] of each hooked layer, not
 /// normalised. `words` says how many of the words belong to each sample, in order.
 ///
@@ -63,6 +66,10 @@ pub fn aligned(
 }
 
 /// Attention flow: layers multiplied or summed, [words, R, R, heads], or one channel with head weights.
+///
+/// A product of thirty layers' probabilities is less than f32 can hold, and already of a few less than the epsilons of
+/// norm and min-max, which would flatten it. So each word's product is divided by its maximum, from layer to layer: a constant,
+/// which the min-max takes away again.
 fn flow(layers: &[Var], words: &[usize], aggregation: &Aggregation) -> Var {
     let options = &aggregation.flow;
     let weighted = layers.iter().map(|layer| match options.head_weights {
@@ -71,9 +78,13 @@ fn flow(layers: &[Var], words: &[usize], aggregation: &Aggregation) -> Var {
     });
     let joined = weighted.reduce(|a, b| match options.sum {
         true => a.add(&b),
-        false => a.mul(&b),
+        false => rescaled(a).mul(&b),
     });
     let joined = joined.expect("at least one layer is hooked");
+    let joined = match options.sum {
+        true => joined,
+        false => rescaled(joined),
+    };
     if !options.token_weight {
         return joined;
     }
@@ -83,6 +94,12 @@ fn flow(layers: &[Var], words: &[usize], aggregation: &Aggregation) -> Var {
         .collect();
     let places = Tensor::from_f32(joined.value().gpu(), &places, &[places.len(), 1, 1, 1]);
     joined.mul(&Var::constant(places))
+}
+
+/// Maps [words, R, R, heads] divided by each word's maximum.
+fn rescaled(maps: Var) -> Var {
+    let most = maps.detach().max(&[1, 2, 3], true).add_scalar(TINY);
+    maps.div(&most)
 }
 
 /// Heads weighted by the mean over patches of the maximum over a sample's words, then their mean: [words, R, R, 1].

@@ -56,6 +56,25 @@ impl FromStr for Aggregate {
     }
 }
 
+/// A second attention beside that of each aligned layer: `attention.parallel`.
+///
+/// New projections read the same hidden states with queries and keys of their own; their softmax runs over the picture's
+/// tokens alone, without the layer's mask.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Parallel {
+    /// None: the layer's own maps are aligned.
+    #[default]
+    None,
+    /// The new maps are aligned in place of the layer's own; nothing else reads them.
+    Map,
+    /// A − λ·A′ is aligned, of the layer's map A and the new map A′; λ is learned, from 0.8 on.
+    Diff,
+    /// [`Parallel::Diff`], and the layer's output is that of the difference too: A·V − λ·A′·V′ goes to `o_proj`. V′ begins
+    /// at 0, so that training sets out from the model as it was.
+    DiffOutput,
+}
+
 /// What is done over layers after the aligner has seen each: `attention.over_layers` of `learned`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -128,6 +128,7 @@ fn from_student(args: &Args, context: &Context) -> Result<()> {
         layers: &layers,
         rows: Tensor::from_u32(gpu, &rows, &[rows.len()]),
         columns: Tensor::from_u32(gpu, &prepared.columns, &[1, prepared.columns.len()]),
+        mirror: None,
     };
     let maps: Vec<Var> = no_grad(|| -> Result<Vec<Var>> {
         let output = model.forward(&[&prepared], Some(&taps))?;

@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 
 use super::{Context, student};
-use crate::Result;
+use crate::align::options::Parallel;
 use crate::tensor::DType;
 use crate::vlm::merge::merge;
+use crate::{Error, Result};
 
 /// Options of `merge`.
 #[derive(Debug, clap::Args)]
@@ -56,6 +57,14 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
     let scratch = student::Scratch::default();
     let base = scratch.model(&args.model)?;
     let lora = student::peft_folder(&args.lora);
+    let config = student::run_config(&lora)?;
+    if config.is_some_and(|config| config.attention.parallel == Parallel::DiffOutput) {
+        return Err(Error::Input(format!(
+            "--lora {}: its run has attention.parallel = \"diff-output\", and no Hugging Face model has room for what \
+             parallel.safetensors adds to the output; `ask` and `eval` take the run by --lora",
+            args.lora.display()
+        )));
+    }
     let mut progress = None;
     let merged = merge(
         &base,

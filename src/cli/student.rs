@@ -7,10 +7,13 @@ use tempfile::TempDir;
 
 use super::Context;
 use crate::align::aligner::{Aligner, AlignerShape};
-use crate::align::options::{Aggregate, Aggregation, AlignerActivation, AlignerKind, AlignerNorm};
+use crate::align::options::{
+    Aggregate, Aggregation, AlignerActivation, AlignerKind, AlignerNorm, Parallel,
+};
 use crate::error::{Error, Result};
 use crate::nn::{LoadOptions, load_lora, lora_config};
 use crate::train::config::{Config, EMBEDDED, Precision, Quantize};
+use crate::train::trained::PARALLEL;
 use crate::vlm::Student;
 use crate::vlm::processor::template::Message;
 
@@ -39,13 +42,29 @@ pub(super) fn open(
         ..LoadOptions::default()
     };
     let scratch = Scratch::default();
-    let student = Student::open(scratch.model(dir)?, context.gpu()?, options)?;
+    let mut student = Student::open(scratch.model(dir)?, context.gpu()?, options)?;
     if let Some(lora) = &lora {
         load_lora(lora, &student.parameters(), |name| {
             student.rename_lora(name)
         })?;
     }
+    add_parallel(&mut student, lora.as_deref().unwrap_or(dir))?;
     Ok(student)
+}
+
+/// The parallel attention of the run that trained what is at `trained`, if it had one.
+fn add_parallel(student: &mut Student, trained: &Path) -> Result<()> {
+    let Some(attention) = run_config(trained)?.map(|config| config.attention) else {
+        return Ok(());
+    };
+    if attention.parallel == Parallel::None {
+        return Ok(());
+    }
+    let available: Vec<usize> = (0..student.hooked_layers()).collect();
+    let layers = attention.layers.choose(&available).map_err(Error::Config)?;
+    let file = trained.with_file_name(PARALLEL);
+    student.add_parallel(attention.parallel, &layers, Some(&file), 0)?;
+    Ok(())
 }
 
 /// Where the embedded model is unpacked to while it is read.
@@ -76,14 +95,18 @@ pub(super) fn peft_folder(dir: &Path) -> PathBuf {
 
 /// `model.quantize` of the run that `lora` lies in, up to `checkpoints/step-N/lora`; `none` of a PEFT folder elsewhere.
 fn quantize_of(lora: &Path) -> Result<Quantize> {
-    let run = lora.ancestors().take(4).find(|dir| {
+    let config = run_config(lora)?;
+    Ok(config.map_or(Quantize::None, |config| config.model.quantize))
+}
+
+/// The configuration of the run that `dir` lies in, up to `checkpoints/step-N/lora`; `None` of a folder elsewhere.
+pub(super) fn run_config(dir: &Path) -> Result<Option<Config>> {
+    let run = dir.ancestors().take(4).find(|dir| {
         let files = ["config.toml", "metrics.jsonl"];
         files.iter().all(|file| dir.join(file).is_file())
     });
-    match run {
-        Some(run) => Ok(Config::load(run.join("config.toml"), &[])?.model.quantize),
-        None => Ok(Quantize::None),
-    }
+    run.map(|run| Config::load(run.join("config.toml"), &[]))
+        .transpose()
 }
 
 /// The aligner that `aggregate` needs: a run's, or none where one map comes out without it.

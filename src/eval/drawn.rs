@@ -48,6 +48,7 @@ pub fn raw_maps(gpu: &Gpu, student: &Student, examples: &[&Example]) -> Result<V
         layers: &layers,
         rows,
         columns: batch.tap_columns.clone(),
+        mirror: None,
     };
     let prepared: Vec<&Prepared> = examples.iter().map(|e| &e.prepared).collect();
     no_grad(|| {

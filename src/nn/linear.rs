@@ -4,7 +4,8 @@ use super::loader::{Init, Loader};
 use super::lora::Lora;
 use crate::autograd::{Var, enter_layer};
 use crate::error::Result;
-use crate::tensor::{QuantizedMatrix, Tensor};
+use crate::ops::cast::cast;
+use crate::tensor::{DType, QuantizedMatrix, Tensor};
 
 /// W [outputs, inputs].
 enum Weight {
@@ -13,12 +14,26 @@ enum Weight {
     Quantized(QuantizedMatrix),
 }
 
+impl Weight {
+    /// Squared lengths of the rows, f32 `[outputs]`.
+    fn squares(&self) -> Result<Tensor> {
+        let weight = match self {
+            Weight::Float(weight) => cast(weight.value(), DType::F32),
+            Weight::Quantized(weight) => {
+                Tensor::from_f32(weight.gpu(), &weight.to_f32()?, &weight.shape())
+            }
+        };
+        let weight = Var::constant(weight);
+        Ok(weight.square().sum(&[1], false).value().clone())
+    }
+}
+
 /// y = x Wᵀ + b, with LoRA factors where the loader's configuration asks for them.
 pub struct Linear {
     name: String,
     weight: Weight,
     bias: Option<Var>,
-    lora: Option<Lora>,
+    lora: Option<Box<Lora>>,
 }
 
 impl Linear {
@@ -30,19 +45,20 @@ impl Linear {
     pub fn load(loader: &Loader, inputs: usize, outputs: usize, bias: bool) -> Result<Linear> {
         // PyTorch's default initialisation.
         let init = Init::Uniform(1.0 / (inputs as f32).sqrt());
+        let weight = match loader.quantization() {
+            Some(kind) => {
+                Weight::Quantized(loader.quantized("weight", [outputs, inputs], init, kind)?)
+            }
+            None => Weight::Float(loader.matrix("weight", &[outputs, inputs], init)?),
+        };
         Ok(Linear {
             name: loader.path(""),
-            weight: match loader.quantization() {
-                Some(kind) => {
-                    Weight::Quantized(loader.quantized("weight", [outputs, inputs], init, kind)?)
-                }
-                None => Weight::Float(loader.matrix("weight", &[outputs, inputs], init)?),
-            },
+            lora: Lora::load(loader, inputs, outputs, || weight.squares())?.map(Box::new),
+            weight,
             bias: match bias {
                 true => Some(loader.vector("bias", &[outputs], Init::Zeros)?),
                 false => None,
             },
-            lora: Lora::load(loader, inputs, outputs),
         })
     }
 
@@ -70,12 +86,13 @@ impl Linear {
     /// x [.., inputs] → [.., outputs].
     pub fn forward(&self, x: &Var) -> Var {
         enter_layer(&self.name);
-        let y = match &self.weight {
-            Weight::Float(weight) => x.linear(weight, self.bias.as_ref()),
-            Weight::Quantized(weight) => x.linear_quantized(weight, self.bias.as_ref()),
+        let product = |x: &Var, bias: Option<&Var>| match &self.weight {
+            Weight::Float(weight) => x.linear(weight, bias),
+            Weight::Quantized(weight) => x.linear_quantized(weight, bias),
         };
+        let y = product(x, self.bias.as_ref());
         match &self.lora {
-            Some(lora) => y.add(&lora.forward(x)),
+            Some(lora) => y.add(&lora.forward(x, |x| product(x, None))),
             None => y,
         }
     }

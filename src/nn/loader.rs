@@ -53,6 +53,8 @@ pub enum Init {
     Zeros,
     /// All one.
     Ones,
+    /// All this.
+    Constant(f32),
     /// Uniform in ±bound.
     Uniform(f32),
     /// Normal with this standard deviation.
@@ -148,6 +150,7 @@ impl Loader {
             .map(|_| match init {
                 Init::Zeros => 0.0,
                 Init::Ones => 1.0,
+                Init::Constant(value) => value,
                 Init::Uniform(bound) => (2.0 * uniform() - 1.0) * bound,
                 Init::Normal(std) => {
                     // Box–Muller.
@@ -280,7 +283,12 @@ impl Loader {
     /// A new LoRA factor `<this prefix>.<name>` with random initial values.
     pub(super) fn lora_factor(&self, name: &str, shape: &[usize], init: Init) -> Var {
         let values = self.random_values(elements(shape), init);
-        let var = Var::parameter(Tensor::from_f32(self.gpu(), &values, shape));
+        self.lora_parameter(name, Tensor::from_f32(self.gpu(), &values, shape))
+    }
+
+    /// A new tensor of a LoRA adapter, `<this prefix>.<name>`.
+    pub(super) fn lora_parameter(&self, name: &str, value: Tensor) -> Var {
+        let var = Var::parameter(value);
         self.shared.parameters.push(Parameter {
             name: self.path(name),
             var: var.clone(),

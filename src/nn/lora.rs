@@ -5,8 +5,11 @@ use std::cell::Cell;
 use serde::{Deserialize, Serialize};
 
 use super::loader::{Init, Loader};
-use crate::autograd::Var;
+use crate::autograd::{Var, no_grad};
+use crate::error::Result;
 use crate::ops::dropout::dropout;
+use crate::ops::unary::{Unary, unary};
+use crate::tensor::Tensor;
 
 /// Largest rank that is taken; beyond it lies no known model's width.
 pub const MOST_RANK: usize = 1 << 16;
@@ -27,6 +30,8 @@ pub struct LoraConfig {
     pub exclude_modules: Vec<String>,
     /// Scale by alpha / √r instead (rsLoRA: Kalajdzievski, 2023).
     pub use_rslora: bool,
+    /// Also learn the length of each row of the adapted weights (DoRA: Liu et al., 2024).
+    pub use_dora: bool,
     /// Ranks of single modules, by names that match as `target_modules` do; the first that matches counts.
     pub rank_pattern: Vec<(String, usize)>,
     /// Alphas of single modules, likewise.
@@ -96,37 +101,90 @@ pub(super) struct Lora {
     scale: f32,
     dropout: f32,
     site: u64,
+    dora: Option<Dora>,
+}
+
+/// What DoRA adds: the adapted weight's rows have a learned length.
+struct Dora {
+    /// That length, f32 `[outputs]`.
+    magnitude: Var,
+    /// The frozen weight's own, squared, f32 `[outputs]`.
+    squares: Var,
 }
 
 impl Lora {
-    /// Factors for the linear layer at `loader`'s prefix when the options ask for them.
-    pub fn load(loader: &Loader, inputs: usize, outputs: usize) -> Option<Lora> {
-        let config = loader.options().lora.as_ref()?;
+    /// Factors for the linear layer at `loader`'s prefix when the options ask for them. `squares` gives the squared
+    /// length of each row of its weight, f32 `[outputs]`.
+    ///
+    /// # Errors
+    /// Those of `squares`.
+    pub fn load(
+        loader: &Loader,
+        inputs: usize,
+        outputs: usize,
+        squares: impl Fn() -> Result<Tensor>,
+    ) -> Result<Option<Lora>> {
         let path = loader.path("");
-        if !config.matches(&path) || loader.options().freeze.matches(&path) {
-            return None;
-        }
+        let adapted =
+            |config: &&LoraConfig| config.matches(&path) && !loader.options().freeze.matches(&path);
+        let Some(config) = loader.options().lora.as_ref().filter(adapted) else {
+            return Ok(None);
+        };
         // Kaiming uniform with a = √5, as PEFT: ±1/√in.
         let bound = 1.0 / (inputs as f32).sqrt();
         let rank = config.rank(&path);
-        Some(Lora {
+        Ok(Some(Lora {
             a: loader.lora_factor("lora_A.weight", &[rank, inputs], Init::Uniform(bound)),
             b: loader.lora_factor("lora_B.weight", &[outputs, rank], Init::Zeros),
             scale: config.scale(&path),
             dropout: config.dropout,
             site: fnv1a(&path),
-        })
+            dora: match config.use_dora {
+                true => {
+                    let squares = squares()?;
+                    let length = unary(&squares, Unary::Sqrt);
+                    Some(Dora {
+                        magnitude: loader.lora_parameter("lora_magnitude_vector", length),
+                        squares: Var::constant(squares),
+                    })
+                }
+                false => None,
+            },
+        }))
     }
 
-    /// scale · B A dropout(x), to be added to the layer's output.
-    pub fn forward(&self, x: &Var) -> Var {
+    /// What is to be added to the layer's output: scale · B A dropout(x), or with DoRA what makes it that of
+    /// m · (W + scale · B A) / ‖W + scale · B A‖. `product` gives W x.
+    pub fn forward(&self, x: &Var, product: impl Fn(&Var) -> Var) -> Var {
         let x = match DROPOUT.get() {
             Some(seed) if self.dropout > 0.0 => dropped(x, self.dropout, seed ^ self.site),
             _ => x.clone(),
         };
-        x.linear(&self.a, None)
+        let update = x
+            .linear(&self.a, None)
             .linear(&self.b, None)
-            .scale(self.scale)
+            .scale(self.scale);
+        let Some(dora) = &self.dora else {
+            return update;
+        };
+        let ratio = dora.magnitude.div(&self.lengths(dora, &product));
+        let (kept, changed) = (product(&x), update);
+        let dtype = changed.value().dtype();
+        kept.mul(&ratio.add_scalar(-1.0).cast(dtype))
+            .add(&changed.mul(&ratio.cast(dtype)))
+    }
+
+    /// Lengths of the rows of W + sBA, f32 `[outputs]`; a constant to the backward, as the paper has it (section 4.3).
+    ///
+    /// From ‖w‖² + 2s w·(bA) + s² ‖bA‖² of each row, which needs no matrix of the weight's size.
+    fn lengths(&self, dora: &Dora, product: impl Fn(&Var) -> Var) -> Var {
+        no_grad(|| {
+            let with_weight = product(&self.a).permute(&[1, 0]).scale(2.0 * self.scale);
+            let gram = self.a.matmul_t(&self.a);
+            let with_itself = self.b.matmul(&gram).scale(self.scale * self.scale);
+            let change = self.b.mul(&with_weight.add(&with_itself)).sum(&[1], false);
+            change.add(&dora.squares).unary(Unary::Sqrt)
+        })
     }
 }
 

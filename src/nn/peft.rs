@@ -17,8 +17,7 @@ const CONFIG: &str = "adapter_config.json";
 
 /// Fields of `adapter_config.json` that ask for more than two factors beside a linear layer; each has to be absent,
 /// null, false or empty.
-const UNSUPPORTED: [&str; 11] = [
-    "use_dora",
+const UNSUPPORTED: [&str; 10] = [
     "use_qalora",
     "use_bdlora",
     "fan_in_fan_out",
@@ -78,7 +77,7 @@ pub fn save_lora(
         "revision": null,
         "target_modules": config.target_modules,
         "task_type": null,
-        "use_dora": false,
+        "use_dora": config.use_dora,
         "use_rslora": config.use_rslora,
     });
     let text = serde_json::to_string_pretty(&json).map_err(|e| Error::file(dir, e.to_string()))?;
@@ -144,6 +143,7 @@ pub fn lora_config(dir: &Path) -> Result<LoraConfig> {
         target_modules,
         exclude_modules: Vec::new(),
         use_rslora: json["use_rslora"] == true,
+        use_dora: json["use_dora"] == true,
         rank_pattern: pattern(&json["rank_pattern"], rank).ok_or_else(|| {
             let wanted = "names of modules (no regular expressions) with a rank each";
             bad("rank_pattern", wanted)
@@ -191,16 +191,18 @@ fn modules_of(dir: &Path) -> Result<Vec<String>> {
     Ok(modules.into_iter().collect())
 }
 
-/// The module that a factor named `<module>.lora_A.weight` or `<module>.lora_B.weight` stands beside.
+/// The module that a factor named `<module>.lora_A.weight` or `<module>.lora_B.weight`, or DoRA's
+/// `<module>.lora_magnitude_vector`, stands beside.
 fn module(name: &str) -> &str {
-    [".lora_A.weight", ".lora_B.weight"]
+    [".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"]
         .iter()
         .find_map(|end| name.strip_suffix(end))
         .unwrap_or(name)
 }
 
 /// The factors of the adapter in `dir`, named `<module>.lora_A.weight` `[r, inputs]` and `<module>.lora_B.weight`
-/// `[outputs, r]`, the module's path passed through `rename` (to today's key dialect).
+/// `[outputs, r]`, with DoRA also `<module>.lora_magnitude_vector` `[outputs]`, the module's path passed through `rename`
+/// (to today's key dialect).
 ///
 /// # Errors
 /// A missing or damaged file; a tensor that is neither factor of a linear layer, by name.
@@ -292,7 +294,7 @@ mod tests {
     #[test]
     fn variants_that_are_not_supported_are_refused_by_name() {
         for (field, value) in [
-            ("use_dora", serde_json::json!(true)),
+            ("use_qalora", serde_json::json!(true)),
             ("fan_in_fan_out", serde_json::json!(true)),
             ("modules_to_save", serde_json::json!(["lm_head"])),
             ("bias", serde_json::json!("all")),

@@ -13,11 +13,12 @@ use crate::Result;
 use crate::align::filter::WordRules;
 use crate::align::options::{
     Aggregate, Aggregation, AlignerActivation, AlignerKind, AlignerNorm, ControlTargets, Flow,
-    LambdaSchedule, Layers, LossKind, OverLayers, WordFilter, WordSource,
+    LambdaSchedule, Layers, LossKind, OverLayers, Parallel, WordFilter, WordSource,
 };
 use crate::align::words::Case;
 use crate::data::DataSet;
 
+mod attention;
 mod changes;
 mod parse;
 mod quantize;
@@ -168,6 +169,11 @@ pub struct Attention {
     pub layers: Layers,
     /// What `learned` does over layers after the aligner; default `mean`.
     pub over_layers: OverLayers,
+    /// A second attention beside each layer's own, `none`, `map`, `diff` or `diff-output`; default `none`.
+    pub parallel: Parallel,
+    /// Whether the detached maps of a self-attention student get the picture's attention to the words added, which is
+    /// then taught in their place; default false.
+    pub mirror: bool,
 }
 
 /// `[aligner]`
@@ -221,6 +227,8 @@ pub struct Lora {
     pub exclude_modules: Vec<String>,
     /// Whether the scale is α/√r instead of α/r (rsLoRA); default false.
     pub use_rslora: bool,
+    /// Whether the lengths of the adapted weights' rows are learned too (DoRA); default false.
+    pub use_dora: bool,
 }
 
 /// `[control]`
@@ -243,6 +251,9 @@ pub struct Init {
     /// `aligner.safetensors`; default new weights.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub aligner: Option<PathBuf>,
+    /// `parallel.safetensors`; default new weights.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub parallel: Option<PathBuf>,
 }
 
 /// `[run]`
@@ -278,6 +289,8 @@ pub const KEYS: &[&str] = &[
     "attention.aggregate",
     "attention.layers",
     "attention.over_layers",
+    "attention.parallel",
+    "attention.mirror",
     "flow.sum",
     "flow.head_weights",
     "flow.token_weight",
@@ -298,6 +311,7 @@ pub const KEYS: &[&str] = &[
     "lora.target_modules",
     "lora.exclude_modules",
     "lora.use_rslora",
+    "lora.use_dora",
     "optimizer.lr",
     "optimizer.betas",
     "optimizer.eps",
@@ -329,6 +343,7 @@ pub const KEYS: &[&str] = &[
     "eval.every",
     "init.lora",
     "init.aligner",
+    "init.parallel",
     "run.dir",
     "run.pictures",
     "run.pictures_every",
@@ -445,6 +460,7 @@ impl Default for Lora {
             target_modules: vec!["q_proj".into(), "v_proj".into()],
             exclude_modules: Vec::new(),
             use_rslora: false,
+            use_dora: false,
         }
     }
 }
@@ -535,6 +551,7 @@ impl Config {
         let at_least_one = |key, value: u64| range(key, value as f64, value >= 1, "at least 1");
         self.data.check()?;
         self.check_training()?;
+        self.check_attention()?;
         at_least_one("aligner.hidden", self.aligner.hidden as u64)?;
         not_negative("loss.lambda", self.loss.lambda)?;
         not_negative("loss.decay", self.loss.decay)?;

@@ -5,7 +5,7 @@ use std::fmt;
 use super::config::{Config, Mode};
 use super::loader::Loader;
 use super::trained::lora_of;
-use crate::align::options::{Aggregate, AlignerKind};
+use crate::align::options::{Aggregate, AlignerKind, Parallel};
 use crate::error::{Error, Result};
 use crate::gpu::{Gpu, size_class};
 use crate::nn::LoraConfig;
@@ -116,7 +116,7 @@ impl Estimate {
             match (role, &weight.shape[..]) {
                 (Role::Own, _) => estimate.trained += elements,
                 (Role::Adapted(rank), [outputs, inputs]) => {
-                    let factors = rank * (inputs + outputs);
+                    let factors = rank * (inputs + outputs) + usize::from(lora.use_dora) * outputs;
                     estimate.trained += factors as u64;
                     estimate.added += 4 * factors as u64;
                     beside += factors_kept(&lora, *inputs, *outputs, *rank) as u64
@@ -126,7 +126,7 @@ impl Estimate {
             }
         }
         let (aligner, maps) = aligner(config, student, shape.words);
-        estimate.aligner = aligner as u64;
+        estimate.aligner = (aligner + parallel(config, student)) as u64;
         estimate.added += 4 * estimate.aligner;
         estimate.optimizer = 12 * (estimate.trained + estimate.aligner);
         estimate.maps = 4 * maps as u64;
@@ -250,6 +250,22 @@ pub fn mib(bytes: u64) -> String {
 fn factors_kept(lora: &LoraConfig, inputs: usize, outputs: usize, rank: usize) -> usize {
     let dropped = if lora.dropout > 0.0 { inputs } else { 0 };
     dropped + rank + 2 * outputs
+}
+
+/// Elements of the weights of `attention.parallel`, in all hooked layers.
+fn parallel(config: &Config, student: &Outline) -> usize {
+    let Tower {
+        hidden,
+        queries,
+        keys,
+        ..
+    } = student.text;
+    let width = match config.attention.parallel {
+        Parallel::None => 0,
+        Parallel::Map | Parallel::Diff => queries + keys,
+        Parallel::DiffOutput => queries + 2 * keys,
+    };
+    student.hooked * hidden * width
 }
 
 /// Elements of the aligner's weights, and of what the backward needs of the maps of `words` words.

@@ -5,10 +5,12 @@ use super::config::Config;
 use crate::align::aligner::{Aligner, AlignerShape};
 use crate::align::loss::{aligned, attention_loss, mean_mean};
 use crate::align::maps::{SampleWords, word_maps};
-use crate::align::options::WordSource;
+use crate::align::options::{Parallel, WordSource};
 use crate::autograd::{Var, no_grad};
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
+use crate::nn::Parameters;
+use crate::vlm::mirror::{Mirror, MirroredSample};
 use crate::vlm::{Grid, Student, Taps};
 
 /// Student and aligner, and how their maps are compared with the targets.
@@ -17,6 +19,8 @@ pub struct Objective {
     pub student: Student,
     /// Aligner network.
     pub aligner: Aligner,
+    /// Weights of `attention.parallel`; none without.
+    pub parallel: Parameters,
     /// Hooked layers that are aligned.
     layers: Vec<usize>,
     config: Config,
@@ -64,11 +68,12 @@ impl WordSheet {
 }
 
 impl Objective {
-    /// The aligner that `config` describes beside `student`, with new weights or those of `init.aligner`.
+    /// The aligner that `config` describes beside `student`, and its parallel attention, with new weights or those of
+    /// `init.aligner` and `init.parallel`.
     ///
     /// # Errors
-    /// Layers that the student does not have; an aligner file that does not fit.
-    pub fn new(gpu: &Gpu, config: &Config, student: Student) -> Result<Objective> {
+    /// Layers that the student does not have; a mirror where there is nothing to mirror; files that do not fit.
+    pub fn new(gpu: &Gpu, config: &Config, mut student: Student) -> Result<Objective> {
         let shape = AlignerShape {
             kind: config.aligner.kind,
             channels: config.aggregation().channels(student.heads()),
@@ -81,11 +86,25 @@ impl Objective {
             None => Aligner::new(gpu, shape, config.train.seed ^ 0xa119)?,
         };
         let available: Vec<usize> = (0..student.hooked_layers()).collect();
-        let layers = &config.attention.layers;
+        let layers = config.attention.layers.choose(&available);
+        let layers = layers.map_err(Error::Config)?;
+        if config.attention.mirror && !student.attends_itself() {
+            return Err(Error::Config(format!(
+                "attention.mirror = true, but {} reads pictures by cross-attention, in which they do not attend to the text; \
+                 expected false",
+                config.model.path.display()
+            )));
+        }
+        let (init, seed) = (&config.init.parallel, config.train.seed ^ 0x9a2a);
+        let parallel = match config.attention.parallel {
+            Parallel::None => Parameters::default(),
+            kind => student.add_parallel(kind, &layers, init.as_deref(), seed)?,
+        };
         Ok(Objective {
-            layers: layers.choose(&available).map_err(Error::Config)?,
+            layers,
             student,
             aligner,
+            parallel,
             config: config.clone(),
         })
     }
@@ -113,7 +132,9 @@ impl Objective {
         weights: Weights,
     ) -> Result<Losses> {
         let prepared: Vec<_> = examples.iter().map(|e| &e.prepared).collect();
-        let output = self.student.forward(&prepared, self.taps(batch).as_ref())?;
+        let output = self
+            .student
+            .forward(&prepared, self.taps(gpu, examples, batch).as_ref())?;
         let width = output.hidden.value().last_dim();
         let tokens = output.hidden.value().elements() / width;
         let hidden = output.hidden.reshape(&[tokens, width]);
@@ -158,7 +179,7 @@ impl Objective {
     /// A GPU fault.
     pub fn maps(&self, gpu: &Gpu, example: &Example) -> Result<Option<WordSheet>> {
         let batch = Batch::new(gpu, &[example]);
-        let Some(taps) = self.taps(&batch) else {
+        let Some(taps) = self.taps(gpu, &[example], &batch) else {
             return Ok(None);
         };
         no_grad(|| {
@@ -175,11 +196,24 @@ impl Objective {
     }
 
     /// What the student is to tap for a batch; `None` where it has no word.
-    fn taps(&self, batch: &Batch) -> Option<Taps<'_>> {
+    fn taps(&self, gpu: &Gpu, examples: &[&Example], batch: &Batch) -> Option<Taps<'_>> {
+        let mirror = || {
+            let samples: Vec<_> = examples
+                .iter()
+                .map(|e| MirroredSample {
+                    rows: &e.words.rows,
+                    columns: &e.prepared.columns,
+                    tokens: e.prepared.tokens(),
+                })
+                .collect();
+            let length = examples.iter().map(|e| e.prepared.ids.len()).max();
+            Mirror::new(gpu, &samples, length.unwrap_or(0))
+        };
         batch.tap_rows.as_ref().map(|rows| Taps {
             layers: &self.layers,
             rows: rows.clone(),
             columns: batch.tap_columns.clone(),
+            mirror: self.config.attention.mirror.then(mirror),
         })
     }
 

@@ -128,6 +128,7 @@ impl Training {
             Optimizer::new(student.parameters().all(), settings, o.grad_clip as f32);
         let aligner = objective.aligner.parameters().all();
         optimizer.add(aligner, config.aligner_rate() as f32);
+        optimizer.add(objective.parallel.all(), 1.0);
         if config.train.precision == Precision::F16 {
             optimizer.scale_loss(gpu);
         }

@@ -17,6 +17,10 @@ use crate::vlm::merge::{Change, rewrite};
 
 /// File of a checkpoint with a full fine-tune's weights, f32.
 const WEIGHTS: &str = "weights.safetensors";
+/// File of a checkpoint and of a run with the aligner's, f32.
+const ALIGNER: &str = "aligner.safetensors";
+/// File of a checkpoint and of a run with the parallel attention's, f32.
+pub const PARALLEL: &str = "parallel.safetensors";
 
 /// The LoRA factors' shape, or the model's own weights.
 pub enum Trained {
@@ -80,8 +84,7 @@ impl Trained {
             }
             Trained::Full => parameters.save(&dir.join(WEIGHTS), DType::F32)?,
         }
-        let aligner = objective.aligner.parameters();
-        aligner.save(&dir.join("aligner.safetensors"), DType::F32)
+        save_added(dir, objective)
     }
 
     /// Reads what [`Trained::save`] wrote.
@@ -101,11 +104,14 @@ impl Trained {
             }
             Trained::Full => from(WEIGHTS, student.parameters().all())?,
         }
-        from("aligner.safetensors", aligner.all())
+        if !objective.parallel.all().is_empty() {
+            from(PARALLEL, objective.parallel.all())?;
+        }
+        from(ALIGNER, aligner.all())
     }
 
-    /// Writes a run's result into `dir`: `lora/` or `model/`, the whole model as `base` lies there, and
-    /// `aligner.safetensors`.
+    /// Writes a run's result into `dir`: `lora/` or `model/`, the whole model as `base` lies there,
+    /// `aligner.safetensors`, and `parallel.safetensors` of a run with `attention.parallel`.
     ///
     /// # Errors
     /// GPU errors, files that cannot be written.
@@ -114,11 +120,19 @@ impl Trained {
             Trained::Lora(_) => self.save(dir, objective, base),
             Trained::Full => {
                 write_model(&dir.join("model"), objective, base)?;
-                let aligner = objective.aligner.parameters();
-                aligner.save(&dir.join("aligner.safetensors"), DType::F32)
+                save_added(dir, objective)
             }
         }
     }
+}
+
+/// Writes what was trained beside the student.
+fn save_added(dir: &Path, objective: &Objective) -> Result<()> {
+    if !objective.parallel.all().is_empty() {
+        objective.parallel.save(&dir.join(PARALLEL), DType::F32)?;
+    }
+    let aligner = objective.aligner.parameters();
+    aligner.save(&dir.join(ALIGNER), DType::F32)
 }
 
 /// The adapter that `config` asks for, or that of `init.lora`.
@@ -136,6 +150,7 @@ pub(super) fn lora_of(config: &Config) -> Result<LoraConfig> {
             target_modules: config.lora.target_modules.clone(),
             exclude_modules: config.lora.exclude_modules.clone(),
             use_rslora: config.lora.use_rslora,
+            use_dora: config.lora.use_dora,
             ..LoraConfig::default()
         },
     })

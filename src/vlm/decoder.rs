@@ -5,6 +5,9 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use super::mirror::Mirror;
+use super::parallel::ParallelAttention;
+use crate::align::options::Parallel;
 use crate::autograd::{Var, attention, attention_tapped, swiglu};
 use crate::gpu::Gpu;
 use crate::nn::{Linear, Loader};
@@ -122,22 +125,35 @@ impl Rope {
 
 /// Keys and values of the tokens so far, of one layer: `[1, tokens, kv_heads · head_dim]` each.
 #[derive(Clone, Default)]
-pub struct KvCache(Option<(Tensor, Tensor)>);
+pub struct KvCache {
+    own: Option<(Tensor, Tensor)>,
+    /// Those of the parallel attention, which only the prompt has.
+    parallel: Option<(Tensor, Tensor)>,
+}
 
 impl KvCache {
     /// Adds tokens and returns all keys and values.
     pub fn append(&mut self, key: &Tensor, value: &Tensor) -> (Tensor, Tensor) {
-        let all = match self.0.take() {
+        let all = match self.own.take() {
             Some((keys, values)) => (concat(&[&keys, key], 1), concat(&[&values, value], 1)),
             None => (key.clone(), value.clone()),
         };
-        self.0 = Some(all.clone());
+        self.own = Some(all.clone());
         all
     }
 
     /// What it holds.
     pub fn get(&self) -> Option<&(Tensor, Tensor)> {
-        self.0.as_ref()
+        self.own.as_ref()
+    }
+
+    /// Keys and values of the parallel attention: the prompt's, from `project` the first time.
+    pub fn parallel(&mut self, project: impl FnOnce() -> (Var, Var)) -> (Var, Var) {
+        let (k, v) = self.parallel.get_or_insert_with(|| {
+            let (k, v) = project();
+            (k.value().clone(), v.value().clone())
+        });
+        (Var::constant(k.clone()), Var::constant(v.clone()))
     }
 }
 
@@ -147,6 +163,10 @@ pub struct Positions {
     pub tables: (Tensor, Tensor),
     /// Causal mask; its `query_offset` is the number of cached tokens.
     pub mask: AttentionMask,
+    /// The picture's tokens alone, which a parallel attention reads.
+    pub picture: Option<AttentionMask>,
+    /// What is added to a tapped layer's probabilities.
+    pub mirror: Option<Mirror>,
 }
 
 impl Positions {
@@ -159,18 +179,21 @@ impl Positions {
                 query_offset: past,
                 ..Default::default()
             },
+            picture: None,
+            mirror: None,
         }
     }
 }
 
 /// Causal grouped-query self-attention with rotary positions; tensors `q_proj`, `k_proj`, `v_proj`,
-/// `o_proj` without bias.
+/// `o_proj` without bias. A parallel attention's queries and keys are turned by the same positions.
 pub struct SelfAttention {
     query: Linear,
     key: Linear,
     value: Linear,
     output: Linear,
     shape: AttentionShape,
+    parallel: Option<ParallelAttention>,
 }
 
 impl SelfAttention {
@@ -195,7 +218,25 @@ impl SelfAttention {
                 kv_heads,
                 scale: (head_dim as f32).powf(-0.5),
             },
+            parallel: None,
         })
+    }
+
+    /// Puts a parallel attention beside it, with the weights at `parallel` of `l`.
+    ///
+    /// # Errors
+    /// A missing tensor or another shape.
+    pub fn add_parallel(
+        &mut self,
+        l: &Loader,
+        kind: Parallel,
+        hidden: usize,
+        head_dim: usize,
+    ) -> Result<()> {
+        let l = l.sub("parallel");
+        let parallel = ParallelAttention::load(&l, kind, hidden, head_dim, self.shape)?;
+        self.parallel = Some(parallel);
+        Ok(())
     }
 
     /// Hidden states `[batch, tokens, hidden]` to the same, with the tapped probabilities if asked.
@@ -203,18 +244,38 @@ impl SelfAttention {
         &self,
         x: &Var,
         positions: &Positions,
-        cache: Option<&mut KvCache>,
+        mut cache: Option<&mut KvCache>,
         tap: Option<&AttentionTap>,
     ) -> (Var, Option<Var>) {
         let (cos, sin) = &positions.tables;
-        let q = self.query.forward(x).rotary(cos, sin, self.shape.heads);
-        let mut k = self.key.forward(x).rotary(cos, sin, self.shape.kv_heads);
+        let queries = |x: Var| x.rotary(cos, sin, self.shape.heads);
+        let keys = |x: Var| x.rotary(cos, sin, self.shape.kv_heads);
+        let q = queries(self.query.forward(x));
+        let mut k = keys(self.key.forward(x));
         let mut v = self.value.forward(x);
-        if let Some(cache) = cache {
+        if let Some(cache) = &mut cache {
             let (keys, values) = cache.append(k.value(), v.value());
             (k, v) = (Var::constant(keys), Var::constant(values));
         }
-        let (attended, probs) = attend(&q, &k, &v, self.shape, &positions.mask, tap);
+        let (mut attended, mut probs) = attend(&q, &k, &v, self.shape, &positions.mask, tap);
+        if let (Some(mirror), Some(own)) = (&positions.mirror, &probs) {
+            probs = Some(mirror.add_to(own, &q, &k, self.shape));
+        }
+        if let (Some(parallel), Some(picture)) = (&self.parallel, &positions.picture)
+            && parallel.is_read(tap)
+        {
+            let q = queries(parallel.query(x));
+            let project = || {
+                let k = keys(parallel.key(x));
+                let v = parallel.value(x, &k);
+                (k, v)
+            };
+            let (k, v) = match cache {
+                Some(cache) => cache.parallel(project),
+                None => project(),
+            };
+            (attended, probs) = parallel.join((attended, probs), [&q, &k, &v], picture, tap);
+        }
         (self.output.forward(&attended), probs)
     }
 }

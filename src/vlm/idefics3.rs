@@ -9,11 +9,14 @@ use std::rc::Rc;
 use super::decoder::{KvCache, Mlp, Positions, SelfAttention};
 pub use super::idefics3_config::Idefics3Config;
 use super::idefics3_processor::Tiles;
+use super::mirror::Mirror;
 use super::siglip::{Siglip, pixel_shuffle};
 use crate::Result;
+use crate::align::options::Parallel;
 use crate::autograd::{Var, checkpoint};
 use crate::gpu::Gpu;
 use crate::nn::{Embedding, Linear, Loader, RmsNorm};
+use crate::ops::attention::AttentionMask;
 use crate::ops::attention_tap::AttentionTap;
 use crate::tensor::Tensor;
 
@@ -72,6 +75,7 @@ impl Layer {
 pub struct Idefics3Cache {
     layers: Vec<KvCache>,
     tokens: usize,
+    picture: Option<AttentionMask>,
 }
 
 /// The model.
@@ -84,6 +88,8 @@ pub struct Idefics3 {
     layers: Vec<Rc<Layer>>,
     norm: RmsNorm,
     head: Linear,
+    /// Whether a layer has a parallel attention.
+    parallel: bool,
     /// Recompute each layer in the backward instead of keeping its activations.
     pub checkpointing: bool,
 }
@@ -121,8 +127,31 @@ impl Idefics3 {
             head,
             gpu: loader.gpu().clone(),
             config: config.clone(),
+            parallel: false,
             checkpointing: false,
         })
+    }
+
+    /// Puts a parallel attention beside that of each of `layers`, with the weights of `loader` at
+    /// `model.text_model.layers.<layer>.self_attn.parallel`.
+    ///
+    /// # Errors
+    /// A missing tensor or another shape.
+    pub fn add_parallel(
+        &mut self,
+        loader: &Loader,
+        kind: Parallel,
+        layers: &[usize],
+    ) -> Result<()> {
+        let (hidden, head_dim) = (self.config.hidden, self.config.head_dim);
+        for &index in layers {
+            let l = loader.sub("model.text_model.layers").sub(index);
+            let layer = Rc::get_mut(&mut self.layers[index]);
+            let attention = &mut layer.expect("no tape holds it yet").attention;
+            attention.add_parallel(&l.sub("self_attn"), kind, hidden, head_dim)?;
+        }
+        self.parallel = true;
+        Ok(())
     }
 
     /// The configuration.
@@ -170,6 +199,20 @@ impl Idefics3 {
         x.reshape(&[inputs.len(), tokens, self.config.hidden])
     }
 
+    /// The mask that leaves the pictures' tokens, where a parallel attention asks for it.
+    fn picture(&self, inputs: &[Idefics3Input<'_>], tokens: usize) -> Option<AttentionMask> {
+        let mut bits = vec![0; inputs.len() * tokens];
+        for (sample, input) in inputs.iter().enumerate() {
+            for &at in input.image_positions {
+                bits[sample * tokens + at] = 1;
+            }
+        }
+        self.parallel.then(|| AttentionMask {
+            key_bits: Some(Tensor::from_u32(&self.gpu, &bits, &[inputs.len(), tokens])),
+            ..AttentionMask::default()
+        })
+    }
+
     /// Teacher-forced forward: hidden states after the last norm `[batch, tokens, hidden]`, shorter samples
     /// padded at their end (where rows are undefined; no real row sees them), and the probabilities
     /// `[rows, heads, columns]` of each tapped layer, in the order of `layers`.
@@ -179,13 +222,28 @@ impl Idefics3 {
         layers: &[usize],
         tap: Option<&AttentionTap>,
     ) -> (Var, Vec<Var>) {
+        self.forward_mirrored(inputs, layers, tap, None)
+    }
+
+    /// [`Idefics3::forward`] with `mirror` added to the probabilities.
+    pub fn forward_mirrored(
+        &self,
+        inputs: &[Idefics3Input<'_>],
+        layers: &[usize],
+        tap: Option<&AttentionTap>,
+        mirror: Option<&Mirror>,
+    ) -> (Var, Vec<Var>) {
         let tokens = inputs
             .iter()
             .map(|input| input.ids.len())
             .max()
             .unwrap_or(0);
         let x = self.embed(inputs, tokens, self.checkpointing);
-        let positions = Rc::new(Positions::new(&self.gpu, &self.config.rope, 0, tokens));
+        let positions = Rc::new(Positions {
+            picture: self.picture(inputs, tokens),
+            mirror: mirror.cloned(),
+            ..Positions::new(&self.gpu, &self.config.rope, 0, tokens)
+        });
         self.run(x, &positions, None, layers, tap)
     }
 
@@ -196,8 +254,12 @@ impl Idefics3 {
         let mut cache = Idefics3Cache {
             layers: vec![KvCache::default(); self.layers.len()],
             tokens,
+            picture: self.picture(&[input], tokens),
         };
-        let positions = Rc::new(Positions::new(&self.gpu, &self.config.rope, 0, tokens));
+        let positions = Rc::new(Positions {
+            picture: cache.picture.clone(),
+            ..Positions::new(&self.gpu, &self.config.rope, 0, tokens)
+        });
         let (hidden, _) = self.run(x, &positions, Some(&mut cache.layers), &[], None);
         (hidden, cache)
     }
@@ -207,12 +269,10 @@ impl Idefics3 {
         let x = self
             .embedding
             .forward(&Tensor::from_u32(&self.gpu, &[token], &[1, 1]));
-        let positions = Rc::new(Positions::new(
-            &self.gpu,
-            &self.config.rope,
-            cache.tokens,
-            1,
-        ));
+        let positions = Rc::new(Positions {
+            picture: cache.picture.clone(),
+            ..Positions::new(&self.gpu, &self.config.rope, cache.tokens, 1)
+        });
         cache.tokens += 1;
         self.run(x, &positions, Some(&mut cache.layers), &[], None)
             .0

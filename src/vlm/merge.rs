@@ -1,4 +1,5 @@
-//! Merging a LoRA adapter into its base: W + scale · B A, as a Hugging Face directory.
+//! Merging a LoRA adapter into its base: W + scale · B A, with DoRA its rows brought to their lengths, as a Hugging Face
+//! directory.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -150,10 +151,11 @@ struct Updates {
     factors: BTreeMap<String, Factors>,
 }
 
-/// B A of one linear layer, scaled.
+/// B A of one linear layer, scaled, and with DoRA the lengths of the rows.
 struct Factors {
     a: Vec<f32>,
     b: Vec<f32>,
+    magnitude: Option<Vec<f32>>,
     inputs: usize,
     rank: usize,
     scale: f32,
@@ -172,41 +174,45 @@ impl Updates {
             factors: BTreeMap::new(),
         };
         for name in file.names() {
-            let (module, is_a) = match name.strip_suffix(".lora_A.weight") {
-                Some(module) => (module, true),
-                None => (name.trim_end_matches(".lora_B.weight"), false),
+            let (module, part) = match name.rsplit_once(".lora_") {
+                Some((module, "A.weight")) => (module, Part::A),
+                Some((module, "B.weight")) => (module, Part::B),
+                other => (other.map_or(name, |(module, _)| module), Part::Magnitude),
             };
             let raw = weights.get(&format!("{module}.weight"));
             let shape = raw.and_then(|raw| checkpoint.shape(raw));
             let rank = updates.config.rank(module);
-            let wanted = match (shape, is_a) {
-                (Some(&[_, inputs]), true) => Some([rank, inputs]),
-                (Some(&[outputs, _]), false) => Some([outputs, rank]),
+            let wanted = match (shape, &part) {
+                (Some(&[_, inputs]), Part::A) => Some(vec![rank, inputs]),
+                (Some(&[outputs, _]), Part::B) => Some(vec![outputs, rank]),
+                (Some(&[outputs, _]), Part::Magnitude) => Some(vec![outputs]),
                 _ => None,
             };
-            let wanted = wanted.as_ref().map(<[usize; 2]>::as_slice);
+            let wanted = wanted.as_deref();
             if file.shape(name) != wanted {
                 return Err(another_base(adapter, name, file.shape(name), wanted));
             }
-            // The other factor is missing.
-            let other = match is_a {
-                true => format!("{module}.lora_B.weight"),
-                false => format!("{module}.lora_A.weight"),
-            };
+            let first = format!("{module}.lora_A.weight");
             let (Some(raw), Some(&[_, inputs])) = (raw, shape) else {
                 unreachable!("the shapes were compared")
             };
-            if is_a {
+            if let Part::A = part {
+                let values = |part: &str| {
+                    let (values, _) = file.values(&format!("{module}.{part}"))?;
+                    Ok(values)
+                };
+                let dora = updates.config.use_dora;
                 let factors = Factors {
-                    a: file.values(name)?.0,
-                    b: file.values(&other)?.0,
+                    a: values("lora_A.weight")?,
+                    b: values("lora_B.weight")?,
+                    magnitude: dora.then(|| values("lora_magnitude_vector")).transpose()?,
                     inputs,
                     rank,
                     scale: updates.config.scale(module),
                 };
                 updates.factors.insert((*raw).to_owned(), factors);
-            } else if !file.contains(&other) {
-                return Err(Error::tensor(adapter, &other, "missing"));
+            } else if !file.contains(&first) {
+                return Err(Error::tensor(adapter, &first, "missing"));
             }
         }
         if updates.factors.is_empty() {
@@ -219,13 +225,20 @@ impl Updates {
     }
 }
 
+/// What a tensor of an adapter is to its module.
+enum Part {
+    A,
+    B,
+    Magnitude,
+}
+
 impl Factors {
-    /// `weight` [outputs, inputs] += scale · B A, row by row.
+    /// `weight` [outputs, inputs] += scale · B A, row by row; with DoRA each row is then as long as its magnitude.
     fn add_to(&self, weight: &mut [f32]) {
         let rows = weight
             .par_chunks_mut(self.inputs)
             .zip(self.b.par_chunks(self.rank));
-        rows.for_each(|(row, b)| {
+        rows.enumerate().for_each(|(i, (row, b))| {
             let mut update = vec![0.0f32; row.len()];
             for (&b, a) in b.iter().zip(self.a.chunks(self.inputs)) {
                 update.iter_mut().zip(a).for_each(|(u, &a)| *u += b * a);
@@ -233,6 +246,10 @@ impl Factors {
             row.iter_mut()
                 .zip(&update)
                 .for_each(|(w, &u)| *w += self.scale * u);
+            if let Some(magnitude) = &self.magnitude {
+                let length = row.iter().map(|w| w * w).sum::<f32>().sqrt();
+                row.iter_mut().for_each(|w| *w *= magnitude[i] / length);
+            }
         });
     }
 }

@@ -10,7 +10,9 @@ pub use super::mllama_config::{MllamaConfig, canonical};
 use super::mllama_processor::{MAX_IMAGES, MllamaPrompt, Tiles};
 use super::mllama_vision::MllamaVision;
 pub use super::mllama_vision::MllamaVisionConfig;
+use super::parallel::ParallelAttention;
 use crate::Result;
+use crate::align::options::Parallel;
 use crate::autograd::{Var, checkpoint};
 use crate::gpu::Gpu;
 use crate::nn::{Embedding, Init, Linear, Loader, RmsNorm};
@@ -66,6 +68,7 @@ struct CrossLayer {
     mlp: Mlp,
     mlp_gate: Var,
     shape: AttentionShape,
+    parallel: Option<ParallelAttention>,
     activations: DType,
 }
 
@@ -80,6 +83,8 @@ struct Pictures {
     /// Projected tile states `[batch, keys, hidden]`; `None` once the layers' caches hold them.
     states: Option<Var>,
     mask: AttentionMask,
+    /// The real tiles alone, whichever picture a row belongs to, which a parallel attention reads.
+    tiles: AttentionMask,
     /// 1 for text rows that see a picture, `[batch, tokens, 1]`; `None` if all do.
     seeing: Option<Var>,
     /// 1 for samples with a picture, `[batch, 1, 1]`; `None` if all have.
@@ -134,6 +139,7 @@ impl CrossLayer {
             mlp: Mlp::load(&l.sub("mlp"), hidden, config.intermediate)?,
             mlp_gate: gate("cross_attn_mlp_gate")?,
             shape: config.attention(),
+            parallel: None,
             activations: l.activations(),
         })
     }
@@ -142,7 +148,7 @@ impl CrossLayer {
         &self,
         x: &Var,
         pictures: &Pictures,
-        cache: Option<&mut KvCache>,
+        mut cache: Option<&mut KvCache>,
         tap: Option<&AttentionTap>,
     ) -> (Var, Option<Var>) {
         let per_head = |x: Var, heads: usize, norm: &RmsNorm| {
@@ -150,14 +156,12 @@ impl CrossLayer {
             norm.forward(&x.reshape(&[b, t, heads, c / heads]))
                 .reshape(&[b, t, c])
         };
-        let q = self.query.forward(&self.input_norm.forward(x));
-        let q = per_head(q, self.shape.heads, &self.query_norm);
+        let queries = |x: Var| per_head(x, self.shape.heads, &self.query_norm);
+        let keys = |x: Var| per_head(x, self.shape.kv_heads, &self.key_norm);
+        let normed = self.input_norm.forward(x);
+        let q = queries(self.query.forward(&normed));
         let project = |states: &Var| {
-            let k = per_head(
-                self.key.forward(states),
-                self.shape.kv_heads,
-                &self.key_norm,
-            );
+            let k = keys(self.key.forward(states));
             (k, self.value.forward(states))
         };
         let cached = cache.as_ref().and_then(|cache| cache.get().cloned());
@@ -166,12 +170,27 @@ impl CrossLayer {
             (None, Some(states)) => project(states),
             (None, None) => unreachable!("a cross-attention layer without states is skipped"),
         };
-        if let Some(cache) = cache
+        if let Some(cache) = &mut cache
             && cache.get().is_none()
         {
             cache.append(k.value(), v.value());
         }
-        let (attended, probs) = attend(&q, &k, &v, self.shape, &pictures.mask, tap);
+        let (mut attended, mut probs) = attend(&q, &k, &v, self.shape, &pictures.mask, tap);
+        if let Some(parallel) = self.parallel.as_ref().filter(|p| p.is_read(tap)) {
+            let q = queries(parallel.query(&normed));
+            let project = || {
+                let states = pictures.states.as_ref().expect("the prompt's, or cached");
+                let k = keys(parallel.key(states));
+                let v = parallel.value(states, &k);
+                (k, v)
+            };
+            let (k, v) = match cache {
+                Some(cache) => cache.parallel(project),
+                None => project(),
+            };
+            let tiles = &pictures.tiles;
+            (attended, probs) = parallel.join((attended, probs), [&q, &k, &v], tiles, tap);
+        }
         let gate = |gate: &Var| gate.tanh().cast(self.activations);
         let update = self
             .output
@@ -263,6 +282,33 @@ impl Mllama {
     /// The configuration.
     pub fn config(&self) -> &MllamaConfig {
         &self.config
+    }
+
+    /// Puts a parallel attention beside that of each of the cross-attention layers `layers`, counted among themselves,
+    /// with the weights of `loader` at `model.language_model.layers.<layer>.cross_attn.parallel`.
+    ///
+    /// # Errors
+    /// A missing tensor or another shape.
+    pub fn add_parallel(
+        &mut self,
+        loader: &Loader,
+        kind: Parallel,
+        layers: &[usize],
+    ) -> Result<()> {
+        let (hidden, shape) = (self.config.hidden, self.config.attention());
+        let layers = layers
+            .iter()
+            .map(|&hooked| self.config.cross_layers[hooked]);
+        for index in layers {
+            let l = loader.sub("model.language_model.layers").sub(index);
+            let l = l.sub("cross_attn.parallel");
+            let parallel = ParallelAttention::load(&l, kind, hidden, hidden / shape.heads, shape)?;
+            match Rc::get_mut(&mut self.layers[index]).expect("no tape holds it yet") {
+                Layer::Cross(layer) => layer.parallel = Some(parallel),
+                Layer::Text(_) => unreachable!("the configuration lists cross-attention layers"),
+            }
+        }
+        Ok(())
     }
 
     /// Encodes pictures and projects them to the decoder's width:
@@ -398,6 +444,7 @@ impl Mllama {
                 None => 0,
             })
             .collect();
+        let tile_bits: Vec<u32> = key_bits.iter().map(|bits| bits & !EVERY_TILE).collect();
         let bits = |at: usize, row: usize| inputs[at].image_bits.get(row).copied().unwrap_or(0);
         let rows: Vec<u32> = (0..batch * tokens)
             .map(|at| bits(at / tokens, at % tokens))
@@ -418,6 +465,14 @@ impl Mllama {
                     &[batch, places * keys],
                 )),
             },
+            tiles: AttentionMask {
+                key_bits: Some(Tensor::from_u32(
+                    &self.gpu,
+                    &tile_bits,
+                    &[batch, places * keys],
+                )),
+                ..AttentionMask::default()
+            },
             seeing: self.seeing(&rows, &[batch, tokens, 1]),
             present: present
                 .contains(&0.0)
@@ -433,6 +488,7 @@ impl Mllama {
                 query_bits: Some(self.query_bits(&[last], &[1, 1])),
                 ..pictures.mask
             },
+            tiles: pictures.tiles,
             seeing: self.seeing(&[last], &[1, 1, 1]),
             present: pictures.present,
         }

@@ -8,12 +8,14 @@ use serde_json::Value;
 
 use super::generate::{Generated, Sampler, Sampling};
 use super::idefics3::{Idefics3, Idefics3Cache, Idefics3Config, Idefics3Input};
+use super::mirror::Mirror;
 use super::mllama::{self, Mllama, MllamaCache, MllamaConfig, MllamaInput};
 use super::prepare::{Processor, model_type};
 use super::processor::labels::Tail;
 use super::processor::template::Message;
 use super::processor::tokenizer::{TextTokenizer, read_json};
 use super::sample::{Pictures, Prepared};
+use crate::align::options::Parallel;
 use crate::autograd::{Var, no_grad};
 use crate::gpu::Gpu;
 use crate::nn::{Freeze, LoadOptions, Loader, Parameters};
@@ -32,6 +34,8 @@ pub struct Taps<'a> {
     pub rows: Tensor,
     /// Key columns u32 `[B, C]`, of each sample's [`Prepared::columns`], padded to the most.
     pub columns: Tensor,
+    /// What is added to the probabilities of a self-attention student.
+    pub mirror: Option<Mirror>,
 }
 
 /// What a forward gives.
@@ -174,6 +178,49 @@ impl Student {
         }
     }
 
+    /// Whether pictures stand among the text, in the self-attention; else layers of their own attend to them.
+    pub fn attends_itself(&self) -> bool {
+        match &self.family {
+            Family::Idefics3 { .. } => true,
+            Family::Mllama { .. } => false,
+        }
+    }
+
+    /// Puts a parallel attention beside that of the hooked layers `layers` and gives its tensors, which are trained; with
+    /// the weights of the safetensors file `from`, else new ones by `seed`. To be done before the first forward.
+    ///
+    /// # Errors
+    /// A missing file or tensor, or another shape.
+    pub fn add_parallel(
+        &mut self,
+        kind: Parallel,
+        layers: &[usize],
+        from: Option<&Path>,
+        seed: u64,
+    ) -> Result<Parameters> {
+        let options = LoadOptions {
+            trainable: true,
+            seed,
+            ..LoadOptions::default()
+        };
+        let loader = match from {
+            Some(file) if !file.is_file() => {
+                let message = "no such file; expected a run's parallel.safetensors";
+                return Err(Error::file(file, message));
+            }
+            Some(file) => {
+                let checkpoint = Checkpoint::open(file, "parallel")?;
+                Loader::new(&self.gpu, checkpoint, options)
+            }
+            None => Loader::random(&self.gpu, options),
+        };
+        match &mut self.family {
+            Family::Idefics3 { model } => model.add_parallel(&loader, kind, layers)?,
+            Family::Mllama { model } => model.add_parallel(&loader, kind, layers)?,
+        }
+        Ok(loader.parameters())
+    }
+
     /// Whether each layer is recomputed in the backward instead of keeping its activations.
     pub fn set_checkpointing(&mut self, on: bool) {
         match &mut self.family {
@@ -213,13 +260,14 @@ impl Student {
             key_columns: taps.columns.clone(),
         });
         let layers = taps.map_or(&[][..], |taps| taps.layers);
+        let mirror = taps.and_then(|taps| taps.mirror.as_ref());
         match &self.family {
             Family::Idefics3 { model } => {
                 let inputs: Vec<_> = batch
                     .iter()
                     .map(|sample| idefics3(sample))
                     .collect::<Result<_>>()?;
-                let (hidden, taps) = model.forward(&inputs, layers, tap.as_ref());
+                let (hidden, taps) = model.forward_mirrored(&inputs, layers, tap.as_ref(), mirror);
                 Ok(Output { hidden, taps })
             }
             Family::Mllama { model } => {

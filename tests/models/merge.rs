@@ -13,8 +13,9 @@ use serde_json::Value;
 
 use crate::support::{gpu, reference};
 
-const ADAPTERS: [&str; 4] = [
+const ADAPTERS: [&str; 5] = [
     "smolvlm-rslora",
+    "smolvlm-dora",
     "smolvlm-patterns",
     "mllama-rslora",
     "mllama-old",
@@ -221,7 +222,7 @@ fn shards_stay_shards_and_stopping_leaves_nothing() {
 #[test]
 fn what_is_saved_is_peft_s_configuration_and_loads_again() {
     let dir = tempfile::tempdir().expect("a directory");
-    for adapter in ["smolvlm-rslora", "smolvlm-patterns"] {
+    for adapter in ["smolvlm-rslora", "smolvlm-patterns", "smolvlm-dora"] {
         let (base, model) = base(adapter);
         let config = lora_config(&folder(adapter)).expect("fixture");
         let student = open(&model, Some(&folder(adapter)));
@@ -230,8 +231,9 @@ fn what_is_saved_is_peft_s_configuration_and_loads_again() {
         assert_eq!(lora_config(&saved).expect("readable"), config);
         let again = logits(&open(&model, Some(&saved)), &base);
         assert_eq!(again, logits(&student, &base), "{adapter}");
-        let field = &json(&saved.join("adapter_config.json"))["use_rslora"];
-        assert_eq!(field, adapter.ends_with("rslora"));
+        let written = json(&saved.join("adapter_config.json"));
+        assert_eq!(written["use_rslora"], adapter.ends_with("rslora"));
+        assert_eq!(written["use_dora"], adapter.ends_with("dora"));
     }
 }
 

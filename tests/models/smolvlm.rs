@@ -157,6 +157,7 @@ fn word_maps_are_transformers() {
                 layers: &layers,
                 rows: Tensor::from_u32(gpu(), &rows, &[rows.len()]),
                 columns: Tensor::from_u32(gpu(), &sample.columns, &[1, columns]),
+                mirror: None,
             };
             let output = no_grad(|| student.forward(&[&sample], Some(&taps))).expect("fixture");
             assert_eq!(output.taps.len(), layers.len());

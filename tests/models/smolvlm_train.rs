@@ -118,6 +118,7 @@ fn losses(student: &Student, aligner: &Aligner, batch: &[&Example]) -> (Var, Var
         layers: &layers,
         rows: Tensor::from_u32(gpu(), &rows, &[rows.len()]),
         columns: Tensor::from_u32(gpu(), &columns, &[batch.len(), columns.len() / batch.len()]),
+        mirror: None,
     };
     let prepared: Vec<&Prepared> = batch.iter().map(|e| &e.prepared).collect();
     let output = student.forward(&prepared, Some(&taps)).expect("fixture");

@@ -11,6 +11,7 @@ Adapters, all of random factors (peft's zeros for B would merge to nothing):
   smolvlm-rslora    SmolVLM `a`; rsLoRA; r 4, alpha 8; q_proj, v_proj and o_proj by suffix
   smolvlm-patterns  SmolVLM `a`; target modules by a regular expression (the text model's q_proj and down_proj); own
                     rank of one layer, own alpha of another
+  smolvlm-dora      SmolVLM `a`; DoRA with random magnitudes; r 4, alpha 8; q_proj (the vision tower's too, with biases)
   mllama-rslora     Mllama `a`; rsLoRA, r 2, alpha 3; q_proj and v_proj (the vision tower's too) and the projector
   mllama-old        as saved by a class of before transformers 5: other key dialect (`language_model.model.…`)
 
@@ -40,6 +41,7 @@ ADAPTERS = {
     "smolvlm-patterns": ("smolvlm", dict(
         r=4, lora_alpha=8, target_modules=r".*text_model\.layers.*\.(q_proj|down_proj)",
         rank_pattern={"layers.1.self_attn.q_proj": 2}, alpha_pattern={"layers.2.mlp.down_proj": 5})),
+    "smolvlm-dora": ("smolvlm", dict(r=4, lora_alpha=8, use_dora=True, target_modules=["q_proj"])),
     "mllama-rslora": ("mllama", dict(
         r=2, lora_alpha=3, use_rslora=True, target_modules=["q_proj", "v_proj", "multi_modal_projector"])),
 }
@@ -65,6 +67,8 @@ def make(name):
         for key, p in model.named_parameters():
             if "lora_B" in key:
                 p.copy_(0.2 * torch.randn_like(p))
+            if "magnitude" in key:
+                p.copy_(p * (0.5 + torch.rand_like(p)))
         ids = inputs_of(family)
         extra = {"cross_attention_mask": None} if family == "mllama" else {}
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra).logits[0]
@@ -75,7 +79,7 @@ def make(name):
     if isinstance(config["target_modules"], list):
         config["target_modules"].sort()
     (OUT / name / "adapter_config.json").write_text(json.dumps(config, indent=1))
-    modules = sorted({re.sub(r"^base_model\.model\.|\.lora_[AB]\.weight$", "", k)
+    modules = sorted({re.sub(r"^base_model\.model\.|\.lora_([AB]\.weight|magnitude_vector)$", "", k)
                       for k in load_file(OUT / name / "adapter_model.safetensors")})
     merged = model.merge_and_unload().state_dict()
     kept = [modules[0], modules[len(modules) // 2], modules[-1]]

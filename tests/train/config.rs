@@ -44,6 +44,7 @@ fn every_key_is_known_and_survives_writing() {
         case = "keep"
         [attention]
         aggregate = "max-max"
+        parallel = "map"
         layers = [3, 5]
         [aligner]
         kind = "light"
@@ -92,6 +93,7 @@ fn every_key_is_known_and_survives_writing() {
         [init]
         lora = "l"
         aligner = "a.safetensors"
+        parallel = "p.safetensors"
         [run]
         dir = "r"
         pictures = 3

@@ -8,6 +8,7 @@ mod config;
 mod controls;
 mod events;
 mod metrics;
+mod parallel;
 mod plan;
 mod predicted;
 mod pretrain;

@@ -22,29 +22,36 @@ fn of(file: &str, strategy: &str) -> Vec<(String, Vec<f32>, Vec<usize>)> {
 }
 
 fn check(strategy: &str, expected: &Value) {
-    let fixture = reference("train_smolvlm");
+    let student = expected["student"].as_str().unwrap();
+    let fixture = reference(&format!("train_{student}"));
     let dir = tempfile::tempdir().unwrap();
     store(&fixture, &dir.path().join("targets"));
-    let mut config = config("smolvlm", &fixture, dir.path());
+    let mut config = config(student, &fixture, dir.path());
     config.aligner.hidden = 8;
-    config.init.aligner = None;
-    let init = of("init.safetensors", strategy);
-    if !init.is_empty() {
-        let file = dir.path().join("aligner.safetensors");
-        let tensors: Vec<(String, HostTensor)> = init
-            .iter()
-            .map(|(name, values, shape)| (name.clone(), HostTensor::f32(shape, values)))
-            .collect();
-        save_safetensors(&file, &tensors, None).unwrap();
-        config.init.aligner = Some(file);
+    let adapter = reference(&format!("strategies/{strategy}"));
+    if adapter.is_dir() {
+        config.init.lora = Some(adapter);
     }
     // In an order in which each step is a valid configuration: what joins the maps before what needs it.
     let mut keys: Vec<(&String, &Value)> = expected["keys"].as_object().unwrap().iter().collect();
     keys.sort_by_key(|(key, _)| (!key.starts_with("attention"), !key.starts_with("flow")));
-    let sets: Vec<String> = keys
+    let mut sets: Vec<String> = keys
         .iter()
         .map(|(key, value)| format!("{key}={value}"))
         .collect();
+    config.init.aligner = None;
+    for part in ["aligner", "parallel"] {
+        let init = of("init.safetensors", &format!("{strategy}.{part}"));
+        if !init.is_empty() {
+            let file = dir.path().join(format!("{part}.safetensors"));
+            let tensors: Vec<(String, HostTensor)> = init
+                .iter()
+                .map(|(name, values, shape)| (name.clone(), HostTensor::f32(shape, values)))
+                .collect();
+            save_safetensors(&file, &tensors, None).unwrap();
+            sets.push(format!("init.{part}={}", file.display()));
+        }
+    }
     let config = config.with(&sets).unwrap();
     let run = run(&config);
     let lines = metrics::read(run.metrics()).unwrap();
@@ -71,21 +78,17 @@ fn check(strategy: &str, expected: &Value) {
     }
     let file = |path: &Path, stem: &str| Checkpoint::open(path, stem).unwrap();
     let lora = file(&run.lora(), "adapter_model");
-    let aligner = run.aligner();
+    let added = |part: &str| file(&run.root().join(format!("{part}.safetensors")), part);
     let mut compared = 0;
     for (name, values, _) in of("final.safetensors", strategy) {
-        let found = match name.strip_prefix("aligner.") {
+        let (part, found) = match name.split_once('.') {
             // Biases move aligned maps nearly alike and min-max takes it away: hardly a gradient, and Adam lifts noise.
-            Some(name) if name.ends_with(".bias") => continue,
-            Some(name) => file(&aligner, "aligner").values(name).unwrap().0,
-            None => lora.values(&name).unwrap().0,
+            Some(("aligner", name)) if name.ends_with(".bias") => continue,
+            Some((part @ ("aligner" | "parallel"), name)) => (part, added(part).values(name)),
+            _ => ("lora", lora.values(&name)),
         };
+        let found = found.unwrap().0;
         let error = f64::from(relative(&found, &values));
-        let part = if name.starts_with("aligner.") {
-            "aligner"
-        } else {
-            "lora"
-        };
         assert!(
             error < tolerance(part),
             "{strategy}: {name} is off by {error:e}"
@@ -99,7 +102,7 @@ fn check(strategy: &str, expected: &Value) {
 fn losses_and_weights_of_every_strategy_are_pytorchs() {
     let text = std::fs::read_to_string(reference("strategies/strategies.json")).unwrap();
     let all: serde_json::Map<String, Value> = serde_json::from_str(&text).unwrap();
-    assert!(all.len() >= 18);
+    assert!(all.len() >= 27);
     for (strategy, expected) in &all {
         check(strategy, expected);
     }
