@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use ratatui::backend::Backend;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
 use ratatui::layout::{Constraint, Layout, Rect};
 use ratatui::style::{Color, Style, Stylize};
@@ -394,8 +395,12 @@ impl Screen {
         );
         let (mine, over, asked) = (shown.clone(), ended.clone(), interrupt.clone());
         let drawing = std::thread::spawn(move || {
-            // A terminal that is gone is no reason to stop training.
-            let _ = show(terminal, &mine, &over, &asked);
+            if let Err(error) = show(terminal, &mine, &over, &asked) {
+                // A terminal that is gone is no reason to stop training; Ctrl-C works as without a screen.
+                ratatui::restore();
+                asked.screen(false);
+                lock(&mine).note(&format!("--tui: {error}"));
+            }
         });
         Ok(Self {
             shown,
@@ -413,7 +418,8 @@ fn show(
     ended: &AtomicBool,
     interrupt: &Interrupt,
 ) -> io::Result<()> {
-    terminal.clear()?;
+    // `Terminal::clear` would ask where the cursor is, which not every terminal answers.
+    terminal.backend_mut().clear()?;
     while !ended.load(Ordering::SeqCst) {
         {
             let mut shown = lock(shown);
