@@ -164,16 +164,24 @@ fn f16_follows_f32_and_an_overflow_halves_the_scale_and_skips_the_update() {
         return;
     }
     let case = case();
-    let exact = case.run("f32", |_| {});
-    let half = case.run("f16", |c| c.train.precision = Precision::F16);
-    for (a, b) in half.steps.iter().zip(&exact.steps) {
-        assert!(!a.skipped && a.loss_scale == Some(65536.0), "{a:?}");
-        // Eleven bits of mantissa through a few layers.
-        assert!((a.loss - b.loss).abs() < 0.01 * b.loss, "{a:?}\n{b:?}");
-        assert!(
-            (a.grad_norm - b.grad_norm).abs() < 0.1 * b.grad_norm,
-            "{a:?}\n{b:?}"
-        );
+    // Eleven bits of mantissa through a few layers; the maps' gradients also jump where rounding moves a map's
+    // smallest or largest value to another pixel.
+    for (lambda, tolerance) in [(0.0, 0.02), (case.config.loss.lambda, 0.2)] {
+        let run = |name: &str, precision| {
+            case.run(&format!("{name}-{lambda}"), |c| {
+                c.loss.lambda = lambda;
+                c.train.precision = precision;
+            })
+        };
+        let (exact, half) = (run("f32", Precision::F32), run("f16", Precision::F16));
+        for (a, b) in half.steps.iter().zip(&exact.steps) {
+            assert!(!a.skipped && a.loss_scale == Some(65536.0), "{a:?}");
+            assert!((a.loss - b.loss).abs() < 0.01 * b.loss, "{a:?}\n{b:?}");
+            assert!(
+                (a.grad_norm - b.grad_norm).abs() < tolerance * b.grad_norm,
+                "{a:?}\n{b:?}"
+            );
+        }
     }
     let steps = case
         .run("overflow", |c| {
