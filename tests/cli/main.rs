@@ -2,11 +2,13 @@
 
 mod bad_input;
 mod bench;
+mod config;
 mod data;
 mod devices;
 mod eval;
 mod merge;
 mod paint;
+mod recipes;
 mod report;
 mod resume;
 mod student;
