@@ -65,12 +65,12 @@ fn what_cannot_be_merged_is_refused_and_leaves_nothing() {
     merge("mini", &adapter, &["lora_A.weight", "in this base"]);
     merge(&reference("nowhere"), &adapter, &["nowhere"]);
     merge(&base, &reference("nowhere"), &["nowhere"]);
-    // A DoRA adapter, then one with a tensor that is no factor.
+    // A variant that is not supported, then one with a tensor that is no factor.
     fs::create_dir(&lora).unwrap();
     let config = fs::read_to_string(format!("{adapter}/adapter_config.json")).unwrap();
-    let dora = config.replace("\"use_dora\": false", "\"use_dora\": true");
-    fs::write(lora.join("adapter_config.json"), dora).unwrap();
-    merge(&base, from, &["use_dora", "not supported"]);
+    let other = config.replace("\"use_qalora\": false", "\"use_qalora\": true");
+    fs::write(lora.join("adapter_config.json"), other).unwrap();
+    merge(&base, from, &["use_qalora", "not supported"]);
     fs::write(lora.join("adapter_config.json"), config).unwrap();
     let weights = lora.join("adapter_model.safetensors");
     fs::copy(format!("{base}/model.safetensors"), &weights).unwrap();
