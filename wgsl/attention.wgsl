@@ -1,7 +1,7 @@
 // Flash attention forward for CPU drivers: query rows in the lanes of a workgroup, ROWS of them a
 // thread, so that every key and value address is uniform; no shared memory, no barrier.
 // The query heads that share a key/value head are rows side by side: row = token · group + head.
-// q, out [B, T, H·D], k, v [B, S, Hkv·D], lse f32 [B, H, T].
+// q, out [B, T, H·D], k, v [B, S, Hkv·D], or with HEADS_APART [B, Hkv, S, D], lse f32 [B, H, T].
 #import attention_mask::{Params, NOTHING, visible_keys}
 
 #ifdef F16
@@ -102,8 +102,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let shared_heads = p.heads / p.kv_heads;
     let rows = p.queries * shared_heads;
     let first = group.x * ROWS * #{WG}u;
+#ifdef HEADS_APART
+    let kv_base = (group.z * p.kv_heads + group.y) * p.keys * D;
+    let kv_step = D;
+#else
     let kv_base = group.z * p.keys * p.kv_heads * D + group.y * D;
     let kv_step = p.kv_heads * D;
+#endif
 
     var tokens: array<u32, ROWS>;
     var bases: array<u32, ROWS>;

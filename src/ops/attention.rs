@@ -1,6 +1,7 @@
 //! Flash attention, forward and backward: the queries × keys matrix is never stored.
 
 use super::attention_tap::{self, AttentionTap};
+use super::permute::permute;
 use super::{THREADS, dispatch, dispatch_work, is_f16, linear_groups};
 use crate::gpu::{Gpu, Kernel};
 use crate::tensor::{DType, Tensor};
@@ -205,6 +206,9 @@ impl Division {
 /// Lanes of a workgroup of the [`Division::Lanes`] kernels.
 const LANES: usize = 8;
 
+/// Bytes of keys above which the [`Division::Lanes`] forward takes them one head after another.
+const HEADS_APART: u64 = 1 << 20;
+
 /// Rows or keys of a workgroup of the [`Division::Tiles`] kernel.
 const TILE: usize = 32;
 
@@ -256,6 +260,15 @@ pub fn attention_with(
         &[sizes.batch, shape.heads, sizes.queries],
     );
     let (kernel, each) = sizes.division_kernel(division, 0);
+    // A head's keys lie apart by all heads' channels: long ones would be spread over more pages than a CPU remembers.
+    let apart = division == Division::Lanes && shape.kv_heads > 1 && k.bytes() > HEADS_APART;
+    let by_head = |t: &Tensor| {
+        let heads = [sizes.batch, sizes.keys, shape.kv_heads, sizes.head_dim];
+        permute(&t.reshape(&heads), &[0, 2, 1, 3])
+    };
+    let laid = apart.then(|| [by_head(k), by_head(v)]);
+    let [k, v] = laid.as_ref().map_or([k, v], |[k, v]| [k, v]);
+    let kernel = kernel.flag("HEADS_APART", apart);
     let tensors = [
         q,
         k,
@@ -412,6 +425,7 @@ pub fn variants() -> Vec<Kernel> {
     for head_dim in VARIANT_DIMS {
         for f16 in [false, true] {
             all.push(delta_kernel(head_dim, f16));
+            all.push(lanes_kernel(head_dim, f16, 0, 2).flag("HEADS_APART", true));
             for pass in 0..3 {
                 all.push(lanes_kernel(head_dim, f16, pass, 2));
                 all.push(tiles_kernel(head_dim, f16, pass));

@@ -347,3 +347,35 @@ fn rows_that_see_nothing_give_zeros_and_no_gradient() {
         assert!(values(&lse)[1..].iter().all(|&x| f64::from(x) < NOTHING));
     }
 }
+
+/// Long keys are laid out head by head first; the other division reads them where they are.
+#[test]
+fn long_keys_give_the_same_in_both_divisions() {
+    let mut rng = rng(77);
+    let (batch, queries, keys, heads, kv_heads, head_dim) = (2, 20, 1400, 4, 2, 52);
+    let mut random = |tokens: usize, heads: usize| {
+        let shape = [batch, tokens, heads * head_dim];
+        upload(
+            &uniform(&mut rng, shape.iter().product()),
+            DType::F32,
+            &shape,
+        )
+        .0
+    };
+    let (q, k, v) = (
+        random(queries, heads),
+        random(keys, kv_heads),
+        random(keys, kv_heads),
+    );
+    let shape = AttentionShape {
+        heads,
+        kv_heads,
+        scale: 0.5,
+    };
+    let run = |division| attention_with(&q, &k, &v, shape, &AttentionMask::default(), division);
+    let ((lanes, lanes_lse), (tiles, tiles_lse)) = (run(Division::Lanes), run(Division::Tiles));
+    for (lanes, tiles) in [(lanes, tiles), (lanes_lse, tiles_lse)] {
+        let expected: Vec<f64> = tiles.to_f32().unwrap().iter().map(|&v| v.into()).collect();
+        assert_close("long keys", &lanes, &expected);
+    }
+}
