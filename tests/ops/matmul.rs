@@ -1,3 +1,4 @@
+use lavender_wgpu::gpu::{Gpu, GpuOptions};
 use lavender_wgpu::ops::matmul::{MatmulOptions, Variant, matmul, matmul_with};
 use lavender_wgpu::ops::unary::Unary;
 use lavender_wgpu::tensor::{DType, Tensor};
@@ -262,4 +263,34 @@ fn operands_over_the_binding_limit_are_cut() {
     let c = matmul(&a, &b, &MatmulOptions::default());
     let expected: Vec<f64> = (0..long).map(|n| dot(0, n)).collect();
     assert_close("over m", &c, &expected);
+}
+
+/// An adapter may lack subgroups and f16: the kernels that serve then give the same.
+#[test]
+fn a_portable_adapter_gives_the_same_products() {
+    let portable = Gpu::new(&GpuOptions {
+        portable: true,
+        checked: true,
+        ..GpuOptions::default()
+    })
+    .expect("an adapter");
+    assert!(!portable.tier().subgroup && !portable.tier().f16);
+    let mut rng = rng(97);
+    for (m, n, k) in [(33, 65, 130), (16, 32, 64), (300, 40, 52)] {
+        let (a, b) = (uniform(&mut rng, m * k), uniform(&mut rng, n * k));
+        let product = |gpu: &Gpu| {
+            let (a, b) = (
+                Tensor::from_f32(gpu, &a, &[m, k]),
+                Tensor::from_f32(gpu, &b, &[n, k]),
+            );
+            let options = MatmulOptions {
+                trans_b: true,
+                ..MatmulOptions::default()
+            };
+            matmul(&a, &b, &options)
+        };
+        let expected = product(gpu()).to_f32().expect("readable");
+        let expected: Vec<f64> = expected.iter().map(|&v| v.into()).collect();
+        assert_close("portable", &product(&portable), &expected);
+    }
 }
