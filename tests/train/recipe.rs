@@ -164,23 +164,27 @@ fn f16_follows_f32_and_an_overflow_halves_the_scale_and_skips_the_update() {
         return;
     }
     let case = case();
-    // Eleven bits of mantissa through a few layers; the maps' gradients also jump where rounding moves a map's
-    // smallest or largest value to another pixel.
-    for (lambda, tolerance) in [(0.0, 0.02), (case.config.loss.lambda, 0.2)] {
+    // Eleven bits of mantissa through a few layers. With the attention loss two runs part by themselves, about fourfold
+    // a step (measured 3e-4 to 0.027 in the first four), so gradients are held tightly where weights stand still.
+    let lambda = case.config.loss.lambda;
+    let rate = case.config.optimizer.lr;
+    for (lambda, rate, tolerance, held) in [
+        (0.0, rate, 0.002, 5),
+        (lambda, 1e-12, 0.01, 5),
+        (lambda, rate, 0.1, 4),
+    ] {
         let run = |name: &str, precision| {
-            case.run(&format!("{name}-{lambda}"), |c| {
-                c.loss.lambda = lambda;
+            case.run(&format!("{name}-{lambda}-{rate}"), |c| {
+                (c.loss.lambda, c.optimizer.lr) = (lambda, rate);
                 c.train.precision = precision;
             })
         };
         let (exact, half) = (run("f32", Precision::F32), run("f16", Precision::F16));
-        for (a, b) in half.steps.iter().zip(&exact.steps) {
+        for (number, (a, b)) in half.steps.iter().zip(&exact.steps).enumerate() {
             assert!(!a.skipped && a.loss_scale == Some(65536.0), "{a:?}");
             assert!((a.loss - b.loss).abs() < 0.01 * b.loss, "{a:?}\n{b:?}");
-            assert!(
-                (a.grad_norm - b.grad_norm).abs() < tolerance * b.grad_norm,
-                "{a:?}\n{b:?}"
-            );
+            let off = (a.grad_norm - b.grad_norm).abs() / b.grad_norm;
+            assert!(number >= held || off < tolerance, "{a:?}\n{b:?}");
         }
     }
     let steps = case
