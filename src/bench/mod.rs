@@ -49,6 +49,10 @@ pub struct Peak {
     pub gflops: f64,
     /// Copying a tensor four elements at a time, bytes read and written, GB/s.
     pub gbs: f64,
+    /// CPU microseconds of the recording thread for a dispatch that repeats an earlier one, where the system tells:
+    /// our bookkeeping, wgpu's encoding and the submission.
+    #[serde(default)]
+    pub record_us: Option<f64>,
 }
 
 impl Report {
@@ -64,6 +68,7 @@ impl Report {
             peak: Peak {
                 gflops: fma_probe(gpu)? * 1e-9,
                 gbs: copy_rate(gpu)?,
+                record_us: record_us(gpu)?,
             },
             ..Report::default()
         })
@@ -96,6 +101,29 @@ fn copy_rate(gpu: &Gpu) -> Result<f64> {
         unary(&x, Unary::Affine(1.0, 0.0));
     })?;
     Ok(2.0 * bytes as f64 / timing.median_ms * 1e-6)
+}
+
+/// CPU microseconds for a dispatch of a small kernel, of many thousand that take turns between two pipelines.
+fn record_us(gpu: &Gpu) -> Result<Option<f64>> {
+    use crate::ops::binary::{Binary, binary};
+    use crate::ops::unary::{Unary, unary};
+    const ROUNDS: usize = 64;
+    const OPS: usize = 64;
+    let x = Tensor::zeros(gpu, DType::F32, &[64]);
+    let round = || {
+        let mut y = x.clone();
+        for _ in 0..OPS / 2 {
+            y = binary(&unary(&y, Unary::Square), &x, Binary::Add);
+        }
+    };
+    round();
+    gpu.wait()?;
+    let before = thread_cpu_seconds();
+    (0..ROUNDS).for_each(|_| round());
+    gpu.flush();
+    let spent = before.zip(thread_cpu_seconds());
+    gpu.wait()?;
+    Ok(spent.map(|(before, after)| (after - before) * 1e6 / (ROUNDS * OPS) as f64))
 }
 
 /// How long something took, over several runs after one that compiles.

@@ -76,6 +76,9 @@ pub struct StepTime {
     pub peak_bytes: u64,
     /// Dispatches of a step.
     pub dispatches: u64,
+    /// Bind groups that a step had to make: none once a step repeats an earlier one.
+    #[serde(default)]
+    pub bind_groups: u64,
     /// CPU milliseconds of the thread that records a step, where the system tells.
     pub recording_ms: Option<f64>,
     /// Device milliseconds within kernels, from timestamps of a second, profiled run; `None` without timestamps.
@@ -291,7 +294,7 @@ pub fn run(
     run.step()?;
     let first_ms = start.elapsed().as_secs_f64() * 1e3;
     gpu.reset_peak();
-    let (dispatched, cpu) = (gpu.dispatches(), thread_cpu_seconds());
+    let (dispatched, bound, cpu) = (gpu.dispatches(), gpu.bind_groups(), thread_cpu_seconds());
     let all_cpu = process_cpu_seconds();
     let (begin, mut times) = (Instant::now(), Vec::new());
     while again(begin.elapsed().as_secs_f64(), seconds, times.len()) {
@@ -303,10 +306,9 @@ pub fn run(
     let each = |(before, after): (f64, f64)| (after - before) * 1e3 / steps as f64;
     let recording_ms = cpu.zip(thread_cpu_seconds()).map(each);
     let all_cpu = all_cpu.zip(process_cpu_seconds()).map(each);
-    let (dispatches, peak_bytes) = (
-        (gpu.dispatches() - dispatched) / steps as u64,
-        gpu.memory().peak_bytes,
-    );
+    let dispatches = (gpu.dispatches() - dispatched) / steps as u64;
+    let bind_groups = (gpu.bind_groups() - bound) / steps as u64;
+    let peak_bytes = gpu.memory().peak_bytes;
     let tokens = run.ids.len();
     drop(run);
     times.sort_by(f64::total_cmp);
@@ -324,6 +326,7 @@ pub fn run(
         tokens_per_second: tokens as f64 / median_ms * 1e3,
         peak_bytes,
         dispatches,
+        bind_groups,
         recording_ms,
         kernel_ms: match gpu.tier().timestamps {
             true => Some(kernel_ms(options, setting, dtype)?),

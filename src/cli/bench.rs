@@ -29,7 +29,7 @@ pub struct Args {
     /// What is measured [default: everything]
     #[arg(value_enum)]
     pub what: Option<What>,
-    /// Only kernels whose name has this in it; may be given several times
+    /// Only kernels and training steps whose name has this in it; may be given several times
     #[arg(long, value_name = "TEXT")]
     pub filter: Vec<String>,
     /// Seconds that each kernel and each setting is repeated for
@@ -44,6 +44,13 @@ pub struct Args {
     /// Also write the figures here
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+}
+
+impl Args {
+    /// Whether the filter leaves what is called `name`.
+    fn names(&self, name: &str) -> bool {
+        self.filter.is_empty() || self.filter.iter().any(|text| name.contains(text))
+    }
 }
 
 /// What is measured.
@@ -95,9 +102,14 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
     }
     let gpu = context.gpu()?;
     let mut report = Report::new(gpu)?;
+    let recording = report.peak.record_us;
     context.print(format_args!(
-        "at best: multiply-adds {:.1} GFLOP/s, copies {:.1} GB/s",
-        report.peak.gflops, report.peak.gbs
+        "at best: multiply-adds {:.1} GFLOP/s, copies {:.1} GB/s{}",
+        report.peak.gflops,
+        report.peak.gbs,
+        recording.map_or(String::new(), |us| format!(
+            "; recording a dispatch takes {us:.1} µs of CPU"
+        ))
     ))?;
     let wanted = |what: What| args.what.is_none_or(|given| given == what);
     if wanted(What::Kernels) {
@@ -122,10 +134,9 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
 
 fn time_kernels(args: &Args, gpu: &Gpu, report: &mut Report, context: &Context) -> Result<()> {
     let mut cases = kernels::cases(gpu.tier().f16);
-    if !args.filter.is_empty() {
-        cases.retain(|case| args.filter.iter().any(|text| case.name.contains(text)));
-    }
-    if cases.is_empty() {
+    cases.retain(|case| args.names(&case.name));
+    // What is filtered may also be a training step.
+    if cases.is_empty() && args.what.is_some() {
         return Err(Error::Input(format!(
             "--filter {}: no kernel has that in its name; `bench kernels` lists them",
             args.filter.join(" ")
@@ -201,7 +212,8 @@ fn time_training(args: &Args, gpu: &Gpu, report: &mut Report, context: &Context)
         "ms",
         "tokens/s  peak MiB  dispatches  CPU µs each  outside kernels",
     )?;
-    for setting in training::Setting::ALL {
+    let all = training::Setting::ALL.into_iter();
+    for setting in all.filter(|setting| args.names(setting.name())) {
         context.interrupt.check()?;
         let timed = training::run(gpu, &context.gpu_options(), setting, dtype, args.seconds)?;
         let each = timed

@@ -2,8 +2,11 @@
 //!
 //! A dropped buffer goes straight back to the free list: the queue runs dispatches in the order
 //! they were recorded, so a later dispatch may overwrite it without waiting.
+//!
+//! The oldest free buffer of a class is handed out first. So a step that allocates and frees as the one before it gets
+//! the very same buffers, dispatch by dispatch, and finds every bind group in the stream's cache.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex};
 
 use super::{Gpu, lock};
@@ -22,8 +25,10 @@ pub struct MemoryStats {
 
 #[derive(Default)]
 struct State {
-    free: HashMap<u64, Vec<wgpu::Buffer>>,
+    /// By size class, then by identity.
+    free: HashMap<u64, BTreeMap<u64, wgpu::Buffer>>,
     stats: MemoryStats,
+    created: u64,
 }
 
 pub(crate) struct Pool {
@@ -34,6 +39,7 @@ pub(crate) struct Pool {
 /// A pooled storage buffer; returns to its pool when dropped.
 pub struct Buffer {
     raw: Option<wgpu::Buffer>,
+    id: u64,
     class: u64,
     pool: Arc<Mutex<State>>,
 }
@@ -48,6 +54,11 @@ impl Buffer {
         }
     }
 
+    /// Names the wgpu buffer among all that this pool ever made.
+    pub(crate) fn id(&self) -> u64 {
+        self.id
+    }
+
     /// Capacity in bytes (its size class).
     pub fn capacity(&self) -> u64 {
         self.class
@@ -59,7 +70,8 @@ impl Drop for Buffer {
         if let Some(raw) = self.raw.take() {
             let mut state = lock(&self.pool);
             state.stats.current_bytes -= self.class;
-            state.free.entry(self.class).or_default().push(raw);
+            let free = state.free.entry(self.class).or_default();
+            free.insert(self.id, raw);
         }
     }
 }
@@ -93,16 +105,25 @@ impl Pool {
         state.stats.peak_bytes = state.stats.current_bytes;
     }
 
-    fn take_free(&self, class: u64) -> Option<wgpu::Buffer> {
-        lock(&self.state).free.get_mut(&class).and_then(Vec::pop)
+    fn take_free(&self, class: u64) -> Option<(u64, wgpu::Buffer)> {
+        lock(&self.state).free.get_mut(&class)?.pop_first()
     }
 
-    fn adopt(&self, raw: wgpu::Buffer, class: u64) -> Buffer {
+    /// A name for a buffer just made, whose `class` bytes count as held from now on.
+    fn register(&self, raw: wgpu::Buffer, class: u64) -> (u64, wgpu::Buffer) {
+        let mut state = lock(&self.state);
+        state.stats.reserved_bytes += class;
+        state.created += 1;
+        (state.created, raw)
+    }
+
+    fn adopt(&self, (id, raw): (u64, wgpu::Buffer), class: u64) -> Buffer {
         let mut state = lock(&self.state);
         state.stats.current_bytes += class;
         state.stats.peak_bytes = state.stats.peak_bytes.max(state.stats.current_bytes);
         Buffer {
             raw: Some(raw),
+            id,
             class,
             pool: self.state.clone(),
         }
@@ -117,15 +138,14 @@ impl Gpu {
     pub fn allocate(&self, bytes: u64) -> Buffer {
         let pool = &self.inner().pool;
         let class = size_class(bytes);
-        if let Some(raw) = pool.take_free(class) {
-            return pool.adopt(raw, class);
+        if let Some(free) = pool.take_free(class) {
+            return pool.adopt(free, class);
         }
         if let Some(raw) = self.create(class).or_else(|| {
             self.trim();
             self.create(class)
         }) {
-            lock(&pool.state).stats.reserved_bytes += class;
-            return pool.adopt(raw, class);
+            return pool.adopt(pool.register(raw, class), class);
         }
         self.inner().faults.set(Error::OutOfMemory {
             requested: class,
@@ -133,11 +153,10 @@ impl Gpu {
             limit: pool.max_bytes,
         });
         // A stand-in of the smallest class: with the fault set nothing is dispatched on it.
-        let raw = pool.take_free(256).unwrap_or_else(|| {
-            lock(&pool.state).stats.reserved_bytes += 256;
-            self.create_raw(256)
-        });
-        pool.adopt(raw, 256)
+        let smallest = pool
+            .take_free(256)
+            .unwrap_or_else(|| pool.register(self.create_raw(256), 256));
+        pool.adopt(smallest, 256)
     }
 
     fn create(&self, class: u64) -> Option<wgpu::Buffer> {

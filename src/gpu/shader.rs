@@ -1,6 +1,5 @@
 //! WGSL files, composed with their imports, compiled to pipelines once per variant.
 
-use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
@@ -8,6 +7,7 @@ use include_dir::{Dir, include_dir};
 use naga_oil::compose::{
     ComposableModuleDescriptor, Composer, NagaModuleDescriptor, ShaderDefValue,
 };
+use rustc_hash::FxHashMap;
 
 use super::{Gpu, Kernel, Tier, lock};
 use crate::error::{Error, Result};
@@ -118,9 +118,10 @@ pub(crate) struct Pipeline {
 }
 
 pub(crate) struct Shaders {
-    checked: bool,
+    /// Whether kernels are compiled with bounds checks.
+    pub checked: bool,
     library: Mutex<Option<ShaderLibrary>>,
-    pipelines: Mutex<HashMap<Kernel, Arc<Pipeline>>>,
+    pipelines: Mutex<FxHashMap<Kernel, Arc<Pipeline>>>,
     cache: Option<(wgpu::PipelineCache, PathBuf)>,
     dump: Option<PathBuf>,
 }

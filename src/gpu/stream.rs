@@ -1,19 +1,22 @@
 //! The command stream: dispatches recorded into few submissions, each kept short.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use super::{Buffer, Gpu, Kernel, Tier, lock};
+use rustc_hash::FxHashMap;
+
+use super::shader::Pipeline;
+use super::{Buffer, Gpu, Inner, Kernel, Tier, lock};
 use crate::error::Error;
 
 /// Aimed length of one submission; watchdogs start at 2 s.
 const TARGET_MILLIS: f64 = 60.0;
 /// Submissions the host may run ahead of the device.
 const IN_FLIGHT: usize = 6;
-/// Bind groups kept before the cache starts anew.
-const BIND_GROUPS: usize = 8192;
+/// Bind groups of one generation of the cache: some steps' worth of large models.
+const BIND_GROUPS: usize = 16_384;
 /// Dispatches in a submission at the most, so that the device gets work early.
 const DISPATCHES: u32 = 256;
 
@@ -24,11 +27,78 @@ pub struct Binding<'a> {
     pub buffer: &'a Buffer,
     /// First byte; a multiple of the adapter's offset alignment.
     pub offset: u64,
-    /// Bytes used; the binding is padded to 16.
+    /// Bytes used.
     pub bytes: u64,
 }
 
-type BindKey = (u64, Vec<(wgpu::Buffer, u64, u64)>);
+impl Binding<'_> {
+    /// Bytes bound: all that the buffer has from `offset` on, so that sequences of many lengths share bind groups;
+    /// with `exact` no more than are used, so that bounds checks see every stray access.
+    fn size(&self, limit: u64, exact: bool) -> u64 {
+        let used = self.bytes.next_multiple_of(16).max(16);
+        match exact {
+            true => used,
+            false => (self.buffer.capacity() - self.offset).min(limit) & !15,
+        }
+    }
+}
+
+/// Bind groups by what they bind, in two generations: when the newer one is full the older one's unused are dropped.
+#[derive(Default)]
+struct BindGroups {
+    newer: FxHashMap<Box<[u64]>, wgpu::BindGroup>,
+    older: FxHashMap<Box<[u64]>, wgpu::BindGroup>,
+    /// The key being looked up: the pipeline, then each binding's buffer, offset and size.
+    key: Vec<u64>,
+    /// Made since the GPU was opened.
+    made: u64,
+}
+
+impl BindGroups {
+    /// The bind group of `bindings` for `pipeline`, made at its first use.
+    fn get(
+        &mut self,
+        inner: &Inner,
+        pipeline: &Pipeline,
+        bindings: &[Binding<'_>],
+    ) -> wgpu::BindGroup {
+        let (limit, exact) = (inner.tier.max_binding, inner.shaders.checked);
+        let size = |b: &Binding<'_>| b.size(limit, exact);
+        self.key.clear();
+        self.key.push(pipeline.id);
+        for b in bindings {
+            self.key.extend([b.buffer.id(), b.offset, size(b)]);
+        }
+        if let Some(group) = self.newer.get(self.key.as_slice()) {
+            return group.clone();
+        }
+        let group = self.older.remove(self.key.as_slice()).unwrap_or_else(|| {
+            self.made += 1;
+            let ranges = bindings.iter().map(|b| wgpu::BufferBinding {
+                buffer: b.buffer.raw(),
+                offset: b.offset,
+                size: wgpu::BufferSize::new(size(b)),
+            });
+            let entries: Vec<_> = ranges
+                .enumerate()
+                .map(|(i, range)| wgpu::BindGroupEntry {
+                    binding: i as u32,
+                    resource: wgpu::BindingResource::Buffer(range),
+                })
+                .collect();
+            inner.device.create_bind_group(&wgpu::BindGroupDescriptor {
+                label: None,
+                layout: &pipeline.layout,
+                entries: &entries,
+            })
+        });
+        if self.newer.len() >= BIND_GROUPS {
+            self.older = std::mem::take(&mut self.newer);
+        }
+        self.newer.insert(self.key.as_slice().into(), group.clone());
+        group
+    }
+}
 
 pub(crate) struct Stream {
     encoder: Option<wgpu::CommandEncoder>,
@@ -37,7 +107,7 @@ pub(crate) struct Stream {
     /// Since the GPU was opened.
     dispatched: u64,
     work: u64,
-    bind_groups: HashMap<BindKey, wgpu::BindGroup>,
+    bind_groups: BindGroups,
     in_flight: VecDeque<wgpu::SubmissionIndex>,
     /// Work units per millisecond, measured; 0 until the first submission has returned.
     rate: Arc<AtomicU64>,
@@ -52,7 +122,7 @@ impl Stream {
             dispatches: 0,
             dispatched: 0,
             work: 0,
-            bind_groups: HashMap::new(),
+            bind_groups: BindGroups::default(),
             in_flight: VecDeque::new(),
             rate: Arc::default(),
             // Work units are about one FLOP: a slow guess until the device has been measured.
@@ -113,48 +183,8 @@ impl Gpu {
             "kernel {}: bindings declared and given differ",
             kernel.label()
         );
-        let key: BindKey = (
-            pipeline.id,
-            bindings
-                .iter()
-                .map(|b| {
-                    (
-                        b.buffer.raw().clone(),
-                        b.offset,
-                        b.bytes.next_multiple_of(16).max(16),
-                    )
-                })
-                .collect(),
-        );
         let mut stream = lock(&inner.stream);
-        if stream.bind_groups.len() >= BIND_GROUPS {
-            stream.bind_groups.clear();
-        }
-        let group = match stream.bind_groups.get(&key) {
-            Some(group) => group.clone(),
-            None => {
-                let entries: Vec<_> = key
-                    .1
-                    .iter()
-                    .enumerate()
-                    .map(|(i, (buffer, offset, size))| wgpu::BindGroupEntry {
-                        binding: i as u32,
-                        resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
-                            buffer,
-                            offset: *offset,
-                            size: wgpu::BufferSize::new(*size),
-                        }),
-                    })
-                    .collect();
-                let group = inner.device.create_bind_group(&wgpu::BindGroupDescriptor {
-                    label: None,
-                    layout: &pipeline.layout,
-                    entries: &entries,
-                });
-                stream.bind_groups.insert(key, group.clone());
-                group
-            }
-        };
+        let group = stream.bind_groups.get(inner, &pipeline, bindings);
         let mut profiler = lock(&inner.profiler);
         if let Some(writes) = profiler.next(&inner.device, kernel) {
             // Profiling: a pass of its own for every dispatch.
@@ -191,6 +221,11 @@ impl Gpu {
     /// Dispatches recorded since the GPU was opened.
     pub fn dispatches(&self) -> u64 {
         lock(&self.inner().stream).dispatched
+    }
+
+    /// Bind groups made since the GPU was opened: none in a step that repeats the one before it.
+    pub fn bind_groups(&self) -> u64 {
+        lock(&self.inner().stream).bind_groups.made
     }
 
     /// Records a buffer copy in stream order; offsets and sizes are multiples of 4.
@@ -273,7 +308,9 @@ impl Gpu {
     }
 
     pub(crate) fn forget_bind_groups(&self) {
-        lock(&self.inner().stream).bind_groups.clear();
+        let mut stream = lock(&self.inner().stream);
+        stream.bind_groups.newer.clear();
+        stream.bind_groups.older.clear();
     }
 
     /// Submits what is recorded; waits only when the host is too many submissions ahead.

@@ -8,4 +8,5 @@ mod checkpoint;
 mod faults;
 mod memory;
 mod save;
+mod stream;
 mod views;
