@@ -25,8 +25,11 @@ pub struct Tier {
     pub subgroup: bool,
     /// Smallest and largest subgroup size.
     pub subgroup_size: (u32, u32),
-    /// 16×16 or 8×8 matrix units reachable through cooperative matrices.
+    /// Matrix units reachable through cooperative matrices.
     pub cooperative_matrix: bool,
+    /// Those of them that multiply square matrices of 8 or 16.
+    #[serde(default)]
+    pub matrix_units: Vec<MatrixUnit>,
     /// Timestamp queries.
     pub timestamps: bool,
     /// On-disk pipeline cache.
@@ -45,6 +48,53 @@ pub struct Tier {
     pub memory: Option<u64>,
     #[serde(skip)]
     pub(crate) cache_key: Option<String>,
+}
+
+/// What the elements of a cooperative matrix are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Scalar {
+    /// 16-bit float.
+    F16,
+    /// 32-bit float.
+    F32,
+}
+
+/// Square cooperative matrices that an adapter multiplies: c + a·b.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MatrixUnit {
+    /// Rows and columns of a, b and c: 8 or 16.
+    pub size: u32,
+    /// Elements of a and b.
+    pub operands: Scalar,
+    /// Elements of c.
+    pub sums: Scalar,
+}
+
+fn matrix_units(adapter: &wgpu::Adapter) -> Vec<MatrixUnit> {
+    let scalar = |listed| match listed {
+        wgpu::CooperativeScalarType::F16 => Some(Scalar::F16),
+        wgpu::CooperativeScalarType::F32 => Some(Scalar::F32),
+        _ => None,
+    };
+    let listed = adapter.cooperative_matrix_properties();
+    let square = listed
+        .iter()
+        .filter(|u| [8, 16].contains(&u.m_size) && u.m_size == u.n_size && u.m_size == u.k_size);
+    let mut units: Vec<MatrixUnit> = Vec::new();
+    for unit in square {
+        if let (Some(operands), Some(sums)) = (scalar(unit.ab_type), scalar(unit.cr_type)) {
+            let unit = MatrixUnit {
+                size: unit.m_size,
+                operands,
+                sums,
+            };
+            if !units.contains(&unit) {
+                units.push(unit);
+            }
+        }
+    }
+    units
 }
 
 impl fmt::Display for Tier {
@@ -125,6 +175,7 @@ fn tier(adapter: &wgpu::Adapter) -> Tier {
         subgroup: features.contains(wgpu::Features::SUBGROUP),
         subgroup_size: (info.subgroup_min_size, info.subgroup_max_size),
         cooperative_matrix: features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX),
+        matrix_units: matrix_units(adapter),
         timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY),
         pipeline_cache: features.contains(wgpu::Features::PIPELINE_CACHE),
         max_binding: limits.max_storage_buffer_binding_size,
@@ -223,14 +274,25 @@ pub(super) fn open(options: &GpuOptions) -> Result<(wgpu::Device, wgpu::Queue, T
         | wgpu::Features::TIMESTAMP_QUERY
         | wgpu::Features::PIPELINE_CACHE;
     match options.portable {
-        true => (tier.f16, tier.subgroup, tier.cooperative_matrix) = (false, false, false),
-        false => wanted |= wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP,
+        true => {
+            (tier.f16, tier.subgroup, tier.cooperative_matrix) = (false, false, false);
+            tier.matrix_units.clear();
+        }
+        false => {
+            wanted |= wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP;
+            if !tier.matrix_units.is_empty() {
+                wanted |= wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
+            }
+        }
     }
     let limits = adapter.limits();
     let request = wgpu::DeviceDescriptor {
         label: Some("lavender-wgpu"),
         required_features: adapter.features() & wanted,
         required_limits: limits,
+        // SAFETY: cooperative matrices are all that is experimental here, and one kernel's; every access that it makes
+        // through them lies within the arrays of its own shared memory.
+        experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
         ..Default::default()
     };
     let (device, queue) = pollster::block_on(adapter.request_device(&request))

@@ -10,7 +10,7 @@ mod stream;
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
-pub use adapter::{AdapterSummary, Tier, list_adapters};
+pub use adapter::{AdapterSummary, MatrixUnit, Scalar, Tier, list_adapters};
 pub use kernel::Kernel;
 pub use pool::{Buffer, MemoryStats, size_class};
 pub use profile::OpTime;

@@ -1,18 +1,23 @@
 //! WGSL files, composed with their imports, compiled to pipelines once per variant.
 
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use include_dir::{Dir, include_dir};
+use naga_oil::compose::preprocess::Preprocessor;
 use naga_oil::compose::{
     ComposableModuleDescriptor, Composer, NagaModuleDescriptor, ShaderDefValue,
 };
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::{Gpu, Kernel, Tier, lock};
 use crate::error::{Error, Result};
 
 static WGSL: Dir<'_> = include_dir!("$CARGO_MANIFEST_DIR/wgsl");
+
+/// Definitions of kernels that need an extension of the language, and its name.
+const EXTENSIONS: [(&str, &str); 2] = [("F16", "f16"), ("COOPERATIVE", "wgpu_cooperative_matrix")];
 
 /// Composes kernels from the embedded WGSL files.
 pub struct ShaderLibrary {
@@ -79,10 +84,16 @@ impl ShaderLibrary {
             .map(|&(name, value)| (name.to_string(), ShaderDefValue::Int(value)))
             .collect();
         // The composer hoists directives only from the top of a file, never out of a conditional.
-        let enabled = match kernel.defs.iter().any(|&(name, _)| name == "F16") {
-            true => format!("enable f16;\n{source}"),
-            false => source.to_string(),
-        };
+        let mut enabled = String::new();
+        for (flag, extension) in EXTENSIONS {
+            if kernel.defs.iter().any(|&(name, _)| name == flag) {
+                enabled += &format!("enable {extension};\n");
+            }
+        }
+        if kernel.defs.iter().any(|&(name, _)| name == "COOPERATIVE") {
+            return inlined(&(enabled + &inline_imports(source)?), &path, shader_defs);
+        }
+        enabled += source;
         let composed = self.composer.make_naga_module(NagaModuleDescriptor {
             source: &enabled,
             file_path: &path,
@@ -91,6 +102,37 @@ impl ShaderLibrary {
         });
         composed.map_err(|error| Error::Gpu(error.emit_to_string(&self.composer)))
     }
+}
+
+/// `source` with the common files that it imports in the place of the import.
+fn inline_imports(source: &str) -> Result<String> {
+    let mut text = String::new();
+    for line in source.lines() {
+        let import = line
+            .strip_prefix("#import ")
+            .and_then(|l| l.split("::").next());
+        match import {
+            Some(stem) => {
+                let path = format!("common/{stem}.wgsl");
+                let common = WGSL.get_file(&path).and_then(|f| f.contents_utf8());
+                text += common.ok_or_else(|| Error::Gpu(format!("no kernel file wgsl/{path}")))?;
+            }
+            None => text += line,
+        }
+        text.push('\n');
+    }
+    Ok(text)
+}
+
+/// The module of a text that imports nothing. The composer loses track of what cooperative matrices are loaded from
+/// when it copies a module together, so theirs is parsed whole.
+fn inlined(text: &str, path: &str, defs: HashMap<String, ShaderDefValue>) -> Result<naga::Module> {
+    let output = Preprocessor::default().preprocess(text, &defs);
+    let source = output
+        .map_err(|e| Error::Gpu(format!("wgsl/{path}: {e}")))?
+        .preprocessed_source;
+    naga::front::wgsl::parse_str(&source)
+        .map_err(|e| Error::Gpu(e.emit_to_string_with_path(&source, path)))
 }
 
 /// The composed module written back as one WGSL text, for debugging.
@@ -124,6 +166,10 @@ pub(crate) struct Shaders {
     pipelines: Mutex<FxHashMap<Kernel, Arc<Pipeline>>>,
     cache: Option<(wgpu::PipelineCache, PathBuf)>,
     dump: Option<PathBuf>,
+    /// Kernels that did not compile here.
+    rejected: Mutex<FxHashSet<Kernel>>,
+    /// Files whose kernels are made to fail, for tests.
+    broken: Mutex<HashSet<&'static str>>,
 }
 
 /// Folder for what we keep between runs (pipeline caches, tuning).
@@ -162,6 +208,8 @@ impl Shaders {
             pipelines: Mutex::default(),
             cache,
             dump: std::env::var_os("LAVENDER_DUMP_WGSL").map(PathBuf::from),
+            rejected: Mutex::default(),
+            broken: Mutex::default(),
         }
     }
 
@@ -214,12 +262,46 @@ impl Gpu {
         Ok(pipeline)
     }
 
+    /// Whether the driver takes `kernel`; a warning names one that it does not, once. For ops that have another.
+    pub(crate) fn compiles(&self, kernel: &Kernel) -> bool {
+        let inner = self.inner();
+        if lock(&inner.shaders.rejected).contains(kernel) {
+            return false;
+        }
+        match self.pipeline(kernel) {
+            Ok(_) => true,
+            // A device in trouble compiles nothing; the kernel is not to blame.
+            Err(_) if self.failing() => true,
+            Err(error) => {
+                tracing::warn!(
+                    "another kernel takes over on {} [{}]: {error}",
+                    inner.tier.name,
+                    inner.tier.driver
+                );
+                lock(&inner.shaders.rejected).insert(kernel.clone());
+                false
+            }
+        }
+    }
+
+    /// Makes the kernels of `wgsl/<file>.wgsl` that are not compiled yet fail to, for tests.
+    #[doc(hidden)]
+    pub fn break_kernels(&self, file: &'static str) {
+        lock(&self.inner().shaders.broken).insert(file);
+    }
+
     fn compile(&self, kernel: &Kernel, module: naga::Module) -> Result<Pipeline> {
         let inner = self.inner();
         let device = &inner.device;
         let (entries, immediate_bytes) = reflect(&module);
         let label = kernel.label();
-        let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);
+        let entry = match lock(&inner.shaders.broken).contains(kernel.file) {
+            true => "broken",
+            false => kernel.entry,
+        };
+        // What wgpu refuses, and what the driver's own compiler does.
+        let scopes = [wgpu::ErrorFilter::Validation, wgpu::ErrorFilter::Internal]
+            .map(|filter| device.push_error_scope(filter));
         let layout = device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor {
             label: Some(&label),
             entries: &entries,
@@ -248,18 +330,22 @@ impl Gpu {
             label: Some(&label),
             layout: Some(&pipeline_layout),
             module: &shader,
-            entry_point: Some(kernel.entry),
+            entry_point: Some(entry),
             compilation_options: wgpu::PipelineCompilationOptions {
                 constants: &kernel.constants,
                 zero_initialize_workgroup_memory: false,
             },
             cache: inner.shaders.cache.as_ref().map(|(cache, _)| cache),
         });
-        if let Some(error) = pollster::block_on(scope.pop()) {
-            return Err(Error::Gpu(format!(
-                "kernel {label} {:?}: {error}",
-                kernel.defs
-            )));
+        // The innermost first; both are to be popped.
+        let errors: Vec<_> = scopes.into_iter().rev().map(|s| s.pop()).collect();
+        for error in errors {
+            if let Some(error) = pollster::block_on(error) {
+                return Err(Error::Gpu(format!(
+                    "kernel {label} {:?}: {error}",
+                    kernel.defs
+                )));
+            }
         }
         static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
         Ok(Pipeline {

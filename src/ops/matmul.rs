@@ -4,9 +4,13 @@ use super::unary::Unary;
 use super::{THREADS, dispatch, is_f16, linear_groups, rows};
 use crate::gpu::Kernel;
 use crate::tensor::{DType, QuantizedMatrix, Tensor};
+#[doc(hidden)]
+pub use cooperative::Cooperative;
 use cut::cut;
 use right::Right;
 
+mod choose;
+mod cooperative;
 mod cut;
 mod launch;
 mod right;
@@ -38,6 +42,8 @@ pub enum Variant {
     Rows,
     /// At most eight rows of `a` by a transposed `b`; threads that share a row of `b`.
     Vector(u32),
+    /// Matrix units, through cooperative matrices.
+    Cooperative(Cooperative),
 }
 
 /// One product of matrices inside larger storages, all in elements.
@@ -174,18 +180,17 @@ fn product(
             "matmul: residual {residual:?} for {shape:?}"
         );
     }
-    let variant = match variant {
-        // A forced family that cannot do the product gives way to the usual choice.
-        Some(Variant::Vector(_)) if !is_vector(&g, options) => choose(a, &g, options),
-        Some(variant) => variant,
-        None => choose(a, &g, options),
-    };
     let operands = Operands {
         a,
         b,
         c: &c,
         options: *options,
+        variant: Variant::Rows,
+    };
+    let variant = choose::variant(&operands, &g, variant);
+    let operands = Operands {
         variant,
+        ..operands
     };
     let parts = k_parts(&operands, &g);
     // The CPU kernel has no activation: 64 inlined copies of it would take seconds to compile.
@@ -320,28 +325,6 @@ fn geometry(sa: &[usize], sb: &[usize], options: &MatmulOptions<'_>) -> (Geometr
     (g, shape)
 }
 
-fn choose(a: &Tensor, g: &Geometry, options: &MatmulOptions<'_>) -> Variant {
-    let cpu = a.gpu().tier().cpu;
-    if is_vector(g, options) {
-        return Variant::Vector(if cpu { 1 } else { 32 });
-    }
-    if cpu {
-        return Variant::Rows;
-    }
-    let groups = g.m.div_ceil(128) * g.n.div_ceil(128) * g.batch;
-    Variant::Tile(if groups >= 128 { 8 } else { 4 })
-}
-
-/// Whether [`Variant::Vector`] can do the product.
-fn is_vector(g: &Geometry, options: &MatmulOptions<'_>) -> bool {
-    g.m <= 8
-        && g.batch == 1
-        && !options.trans_a
-        && options.trans_b
-        && g.k > 0
-        && g.k.is_multiple_of(4)
-}
-
 /// Parts that k is cut into: so that an operand that can only be cut there fits a binding, and so
 /// that a small result of a long sum still occupies the device.
 fn k_parts(o: &Operands<'_>, g: &Geometry) -> usize {
@@ -365,11 +348,8 @@ fn k_parts(o: &Operands<'_>, g: &Geometry) -> usize {
         return parts;
     }
     let wanted = match o.variant {
-        Variant::Tile(per) => {
-            let tile = 16 * per as usize;
-            let groups = g.m.div_ceil(tile) * g.n.div_ceil(tile) * g.batch;
-            (256 / groups.max(1)).min(g.k / 256).min(64)
-        }
+        Variant::Tile(per) => gpu_splits(g, 16 * per as usize),
+        Variant::Cooperative(shape) => gpu_splits(g, shape.tile()),
         Variant::Rows => {
             let groups = g.m.div_ceil(rows::TILE[0]) * g.n.div_ceil(rows::TILE[1]) * g.batch;
             rows::splits(groups, g.k)
@@ -378,6 +358,12 @@ fn k_parts(o: &Operands<'_>, g: &Geometry) -> usize {
     };
     let fits = (limit(o.a) / 4) as usize / (g.batch * g.m * g.n).max(1);
     wanted.min(fits).max(1)
+}
+
+/// Parts of k that give a GPU enough workgroups.
+fn gpu_splits(g: &Geometry, tile: usize) -> usize {
+    let groups = g.m.div_ceil(tile) * g.n.div_ceil(tile) * g.batch;
+    (256 / groups.max(1)).min(g.k / 256).min(64)
 }
 
 /// A view of `len` elements from `start`, begun early enough to be aligned; and the start within it.

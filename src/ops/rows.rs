@@ -47,7 +47,7 @@ pub(crate) struct RowsParams {
 }
 
 /// The kernel in row form, in subgroups of 8 where `broadcast`, or in column form (`a` contiguous along m).
-fn kernel(column: bool, broadcast: bool, c: DType) -> Kernel {
+pub(crate) fn kernel(column: bool, broadcast: bool, c: DType) -> Kernel {
     let f16 = c == DType::F16;
     Kernel::new("matmul_rows")
         .flag("COLUMN", column)
@@ -80,7 +80,10 @@ pub(crate) fn product(
     // Absent operands are bound to something; the flags keep them unread.
     let tensors = [a, b, c, bias.unwrap_or(a), residual.unwrap_or(a)];
     let tier = a.gpu().tier();
-    let broadcast = !column && tier.subgroup && tier.subgroup_size == (8, 8);
+    let broadcast = !column
+        && tier.subgroup
+        && tier.subgroup_size == (8, 8)
+        && a.gpu().compiles(&kernel(column, true, c.dtype()));
     let kernel = kernel(column, broadcast, c.dtype());
     dispatch_work(&kernel, &tensors, &params, groups, work);
 }

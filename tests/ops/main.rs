@@ -22,6 +22,7 @@ mod layer_norm;
 mod linear_cross_entropy;
 mod loss_scale;
 mod matmul;
+mod matmul_cooperative;
 mod matmul_quantized;
 mod permute;
 mod reduce;

@@ -17,17 +17,17 @@ const VARIANTS: [Option<Variant>; 6] = [
 ];
 
 #[derive(Debug, Clone, Copy)]
-struct Case {
-    batch: usize,
-    m: usize,
-    n: usize,
-    k: usize,
-    trans_a: bool,
-    trans_b: bool,
-    a_batched: bool,
-    b_batched: bool,
-    a: DType,
-    b: DType,
+pub struct Case {
+    pub batch: usize,
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+    pub trans_a: bool,
+    pub trans_b: bool,
+    pub a_batched: bool,
+    pub b_batched: bool,
+    pub a: DType,
+    pub b: DType,
 }
 
 impl Case {
@@ -85,7 +85,7 @@ fn product(case: &Case, a: &[f64], b: &[f64]) -> Vec<f64> {
     c
 }
 
-fn check(variant: Option<Variant>, case: Case, rng: &mut rand_chacha::ChaCha8Rng) {
+pub fn check(variant: Option<Variant>, case: Case, rng: &mut rand_chacha::ChaCha8Rng) {
     let Case {
         m,
         n,

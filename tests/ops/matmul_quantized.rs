@@ -107,19 +107,19 @@ fn every_stored_type_quantises_alike_and_not_finite_is_refused() {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Case {
-    batch: Option<usize>,
-    m: usize,
-    outputs: usize,
-    inputs: usize,
+pub struct Case {
+    pub batch: Option<usize>,
+    pub m: usize,
+    pub outputs: usize,
+    pub inputs: usize,
     /// a · wᵀ, else a · w.
-    trans_b: bool,
-    a: DType,
-    kind: Quantization,
-    epilogue: usize,
+    pub trans_b: bool,
+    pub a: DType,
+    pub kind: Quantization,
+    pub epilogue: usize,
 }
 
-fn check(variant: Option<Variant>, case: Case, rng: &mut ChaCha8Rng) {
+pub fn check(variant: Option<Variant>, case: Case, rng: &mut ChaCha8Rng) {
     let Case {
         m,
         outputs,

@@ -38,6 +38,10 @@ fn every_variant_translates_to_every_backend() {
         let (text, _) = msl::write_string(&module, &info, &options, &Default::default())
             .unwrap_or_else(|e| panic!("{name}: MSL: {e:?}"));
         assert!(text.contains("kernel void"), "{name}: MSL entry point");
+        // Cooperative matrices have no HLSL: another tier serves there.
+        if kernel.file == "matmul_cooperative" {
+            continue;
+        }
         let mut text = String::new();
         let options = hlsl::Options {
             shader_model: hlsl::ShaderModel::V6_2,

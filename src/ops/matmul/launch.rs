@@ -1,7 +1,7 @@
 //! Launches one piece of a product by the chosen kernel family.
 
 use super::right::{Right, Storage};
-use super::{Epilogue, Geometry, Operands, Variant};
+use super::{Epilogue, Geometry, Operands, Variant, cooperative};
 use crate::gpu::Kernel;
 use crate::ops::rows::{self, RowsParams, Strided};
 use crate::ops::{dispatch_work, grid};
@@ -9,7 +9,7 @@ use crate::tensor::{DType, Quantization, Tensor};
 
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-struct Params {
+pub(super) struct Params {
     m: u32,
     n: u32,
     k: u32,
@@ -160,7 +160,7 @@ fn vector(rows: usize, lanes: u32, a: DType, b: Storage, c: DType) -> Kernel {
     b.flags(kernel, a, c)
 }
 
-fn launch_vector(o: &Operands<'_>, g: &Geometry, lanes: u32, work: u64) {
+fn launch_vector(o: &Operands<'_>, g: &Geometry, work: u64) {
     let params = VectorParams {
         m: g.m as u32,
         n: g.n as u32,
@@ -173,9 +173,8 @@ fn launch_vector(o: &Operands<'_>, g: &Geometry, lanes: u32, work: u64) {
         bias_start: g.bias_start as u32,
         epilogue: Epilogue::of(&o.options),
     };
-    let rows = g.m.next_power_of_two();
     dispatch_work(
-        &vector(rows, lanes, o.a.dtype(), o.b.storage(), o.c.dtype()),
+        &kernel_of(o, g),
         &bound(o),
         &params,
         grid(g.n.div_ceil(8)),
@@ -185,7 +184,7 @@ fn launch_vector(o: &Operands<'_>, g: &Geometry, lanes: u32, work: u64) {
 
 /// What the kernels bind, in order. Absent operands are bound to something of the same element type; the flags keep
 /// them unread.
-fn bound<'a>(o: &Operands<'a>) -> Vec<&'a Tensor> {
+pub(super) fn bound<'a>(o: &Operands<'a>) -> Vec<&'a Tensor> {
     let mut tensors = vec![
         o.a,
         o.b.tensor(),
@@ -197,7 +196,7 @@ fn bound<'a>(o: &Operands<'a>) -> Vec<&'a Tensor> {
     tensors
 }
 
-fn params(o: &Operands<'_>, g: &Geometry, step: usize) -> Params {
+pub(super) fn params(o: &Operands<'_>, g: &Geometry, step: usize) -> Params {
     let options = &o.options;
     Params {
         m: g.m as u32,
@@ -227,6 +226,18 @@ fn tile(per: u32, trans: [bool; 2], a: DType, b: Storage, c: DType) -> Kernel {
     b.flags(kernel, a, c)
 }
 
+/// The kernel that does the product.
+pub(super) fn kernel_of(o: &Operands<'_>, g: &Geometry) -> Kernel {
+    let trans = [o.options.trans_a, o.options.trans_b];
+    let (a, b, c) = (o.a.dtype(), o.b.storage(), o.c.dtype());
+    match o.variant {
+        Variant::Tile(per) => tile(per, trans, a, b, c),
+        Variant::Vector(lanes) => vector(g.m.next_power_of_two(), lanes, a, b, c),
+        Variant::Cooperative(shape) => cooperative::kernel_of(shape, o, g),
+        Variant::Rows => rows::kernel(trans[0], false, c),
+    }
+}
+
 /// Records the product, small enough for one dispatch.
 pub(super) fn launch(o: &Operands<'_>, g: &Geometry) {
     // Kernels read quantised weights four at a time.
@@ -237,18 +248,13 @@ pub(super) fn launch(o: &Operands<'_>, g: &Geometry) {
     let work = 2 * g.batch as u64 * (g.m * g.n) as u64 * g.k as u64;
     let per = match o.variant {
         Variant::Tile(per) => per,
+        Variant::Cooperative(shape) => return cooperative::launch(shape, o, g, work),
         Variant::Rows => return launch_rows(o, g),
-        Variant::Vector(lanes) => return launch_vector(o, g, lanes, work),
+        Variant::Vector(_) => return launch_vector(o, g, work),
     };
     let side = 16 * per as usize;
     dispatch_work(
-        &tile(
-            per,
-            [o.options.trans_a, o.options.trans_b],
-            o.a.dtype(),
-            o.b.storage(),
-            o.c.dtype(),
-        ),
+        &kernel_of(o, g),
         &bound(o),
         &params(o, g, 16),
         [
@@ -288,5 +294,6 @@ pub(super) fn variants() -> Vec<Kernel> {
     }
     let gradient = Storage::Float(DType::F16);
     kernels.push(tile(4, [true, false], DType::F16, gradient, DType::F32));
+    kernels.extend(cooperative::variants());
     kernels
 }

@@ -1,0 +1,154 @@
+//! The product on matrix units, through cooperative matrices.
+
+use super::launch::{bound, params};
+use super::right::Storage;
+use super::{Geometry, Operands};
+use crate::gpu::{Kernel, MatrixUnit, Scalar, Tier};
+use crate::ops::dispatch_work;
+use crate::tensor::{DType, Quantization};
+
+/// Shape of a cooperative product: each of four subgroups sums `fragments`² matrices of `size`².
+#[doc(hidden)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cooperative {
+    /// Side of a matrix, 8 or 16.
+    pub size: u32,
+    /// Matrices along a side of a subgroup's block, 2 or 4.
+    pub fragments: u32,
+}
+
+/// Subgroups' blocks in a workgroup's tile.
+const BLOCKS: u32 = 4;
+
+impl Cooperative {
+    /// Side of a workgroup's tile.
+    pub fn tile(self) -> usize {
+        (2 * self.size * self.fragments) as usize
+    }
+
+    /// Elements that a step of the kernel takes along k.
+    fn step(self) -> usize {
+        2 * self.size as usize
+    }
+
+    /// Whether an adapter of this tier has the matrices that a product of `a` and `b` needs.
+    pub(super) fn serves(self, tier: &Tier, a: DType, b: Storage) -> bool {
+        let unit = MatrixUnit {
+            size: self.size,
+            operands: if half(a, b) { Scalar::F16 } else { Scalar::F32 },
+            sums: Scalar::F32,
+        };
+        // f32 operands fill shared memory: no tile of 128 then.
+        let fits = half(a, b) || self.tile() == 64;
+        fits && tier.subgroup && tier.matrix_units.contains(&unit)
+    }
+}
+
+/// Whether operands are multiplied as f16. One that is f32 is never rounded; weights in bf16, 8 or 4 bits are, beside an
+/// `a` that is f16 already.
+pub(super) fn half(a: DType, b: Storage) -> bool {
+    a == DType::F16 && b != Storage::Float(DType::F32)
+}
+
+/// Threads that become four subgroups, if the driver makes them as large as expected.
+fn threads(tier: &Tier) -> u32 {
+    let (least, most) = tier.subgroup_size;
+    // Metal tells 4 to 64 of every GPU; Apple's have 32. AMD's, 32 to 64, take 64 unless asked.
+    let expected = match (least, most) {
+        (4, 64) => 32,
+        _ => most.clamp(4, 64),
+    };
+    BLOCKS * expected
+}
+
+fn kernel(
+    shape: Cooperative,
+    threads: u32,
+    quads: bool,
+    trans: [bool; 2],
+    a: DType,
+    b: Storage,
+    c: DType,
+) -> Kernel {
+    let kernel = Kernel::new("matmul_cooperative")
+        .flag("COOPERATIVE", true)
+        .def("SIZE", shape.size as i32)
+        .def("FRAGMENTS", shape.fragments as i32)
+        .def("STEP", shape.step() as i32)
+        .def("THREADS", threads as i32)
+        .flag("HALF", half(a, b))
+        .flag("QUADS", quads)
+        .flag("TRANS_A", trans[0])
+        .flag("TRANS_B", trans[1]);
+    b.flags(kernel, a, c)
+}
+
+/// Whether every line of the operands is whole fours that start at one.
+fn quads(o: &Operands<'_>, g: &Geometry) -> bool {
+    let fours = |values: [usize; 4]| values.iter().all(|v| v.is_multiple_of(4));
+    let along_a = if o.options.trans_a { g.m } else { g.k };
+    let along_b = if o.options.trans_b { g.k } else { g.n };
+    fours([g.lda, g.a_start, g.a_batch, along_a])
+        && (o.b.storage().is_quantized() || fours([g.ldb, g.b_start, g.b_batch, along_b]))
+}
+
+/// The kernel of a piece of the product.
+pub(super) fn kernel_of(shape: Cooperative, o: &Operands<'_>, g: &Geometry) -> Kernel {
+    kernel(
+        shape,
+        threads(o.a.gpu().tier()),
+        quads(o, g),
+        [o.options.trans_a, o.options.trans_b],
+        o.a.dtype(),
+        o.b.storage(),
+        o.c.dtype(),
+    )
+}
+
+pub(super) fn launch(shape: Cooperative, o: &Operands<'_>, g: &Geometry, work: u64) {
+    let groups = [
+        g.n.div_ceil(shape.tile()) as u32,
+        g.m.div_ceil(shape.tile()) as u32,
+        (g.batch * g.splits) as u32,
+    ];
+    dispatch_work(
+        &kernel_of(shape, o, g),
+        &bound(o),
+        &params(o, g, shape.step()),
+        groups,
+        work,
+    );
+}
+
+/// A kernel for each choice that the file makes; not for each combination of them.
+pub(super) fn variants() -> Vec<Kernel> {
+    let (half, full) = (DType::F16, DType::F32);
+    let [large, small] = [16, 8].map(|size| Cooperative { size, fragments: 4 });
+    let few = Cooperative {
+        fragments: 2,
+        ..large
+    };
+    let stored = [
+        Storage::Float(half),
+        Storage::Float(DType::Bf16),
+        Storage::Quantized(Quantization::Q8),
+        Storage::Quantized(Quantization::Q4),
+    ];
+    let mut kernels = Vec::new();
+    for trans in [[false, false], [false, true], [true, false], [true, true]] {
+        for shape in [large, small, few] {
+            kernels.push(kernel(shape, 128, true, trans, half, stored[0], half));
+        }
+        kernels.push(kernel(small, 32, false, trans, half, stored[0], full));
+        kernels.push(kernel(small, 128, true, trans, full, stored[0], full));
+    }
+    for b in stored {
+        for quads in [true, false] {
+            kernels.push(kernel(large, 256, quads, [false, true], half, b, half));
+            kernels.push(kernel(small, 128, quads, [false, true], full, b, full));
+        }
+    }
+    let full_b = Storage::Float(full);
+    kernels.push(kernel(small, 128, true, [false; 2], half, full_b, full));
+    kernels
+}
