@@ -270,16 +270,16 @@ fn choose(adapters: Vec<wgpu::Adapter>, wanted: Option<&str>) -> Result<wgpu::Ad
 pub(super) fn open(options: &GpuOptions) -> Result<(wgpu::Device, wgpu::Queue, Tier)> {
     let adapter = choose(adapters(), options.adapter.as_deref())?;
     let mut tier = tier(&adapter);
-    let mut wanted = wgpu::Features::IMMEDIATES
-        | wgpu::Features::TIMESTAMP_QUERY
-        | wgpu::Features::PIPELINE_CACHE;
+    let mut wanted = wgpu::Features::IMMEDIATES;
     match options.portable {
         true => {
             (tier.f16, tier.subgroup, tier.cooperative_matrix) = (false, false, false);
+            (tier.timestamps, tier.pipeline_cache) = (false, false);
             tier.matrix_units.clear();
         }
         false => {
             wanted |= wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP;
+            wanted |= wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::PIPELINE_CACHE;
             if !tier.matrix_units.is_empty() {
                 wanted |= wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
             }

@@ -29,7 +29,7 @@ pub struct GpuOptions {
     pub max_bytes: Option<u64>,
     /// Record a timestamp pair around every dispatch; see [`Gpu::profile`].
     pub profile: bool,
-    /// Use nothing that an adapter may lack (f16, subgroups, matrix units): other kernels serve then.
+    /// Use nothing that an adapter may lack (f16, subgroups, matrix units, timestamps): other kernels serve then.
     pub portable: bool,
     /// Compile shaders with bounds checks (tests); release runs without.
     pub checked: bool,

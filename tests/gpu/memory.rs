@@ -118,3 +118,17 @@ fn profiling_times_every_op_by_name() {
     );
     assert!(gpu.profile().is_empty(), "taken once");
 }
+
+#[test]
+fn profiling_without_timestamps_times_nothing_and_changes_nothing() {
+    let options = GpuOptions {
+        profile: true,
+        portable: true,
+        ..GpuOptions::default()
+    };
+    let gpu = Gpu::new(&options).expect("adapter");
+    let x = Tensor::from_f32(&gpu, &[3.0; 8], &[8]);
+    let y = unary(&x, Unary::Square).to_f32().expect("readable");
+    assert_eq!(y, [9.0; 8]);
+    assert!(gpu.profile().is_empty());
+}

@@ -6,6 +6,7 @@ mod support;
 mod clip_tokenizer;
 mod conversations;
 mod ddim;
+mod drift;
 mod full_size;
 mod hostile;
 mod idefics3_processor;
