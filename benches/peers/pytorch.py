@@ -2,9 +2,9 @@
 """lavender-wgpu's benchmark and PyTorch's on the same machine, one after the other, and the ratio of each figure.
 
     python benches/peers/pytorch.py [--program target/release/lavender-wgpu] [--what kernels unet train] [--threads N]
-        [--device cpu|cuda] [--json FILE]
+        [--device cpu|cuda] [--precision f32|f16] [--batch N] [--json FILE]
 
-Needs torch; `unet` also diffusers, `train` transformers and peft. The kernels' statements come from the program's own
+On a GPU `--device cuda --precision f16 --batch 2` measures all that the targets at the end name. Needs torch; `unet` also diffusers, `train` transformers and peft. The kernels' statements come from the program's own
 report, so both sides compute the same shapes. Ratios are PyTorch's median time over ours: 1 is as fast, 0.2 five times
 slower. Both load averages are printed: on a busy machine the figures say little.
 """
@@ -66,7 +66,7 @@ def unets(torch, report, device, seconds):
         yield f"U-Net {row['side']}², batch {row['batch']}, {row['dtype']} (PyTorch {dtype})", row["median_ms"], mine
 
 
-def steps(torch, report, device, seconds):
+def steps(torch, report, device, seconds, half=False):
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -78,6 +78,8 @@ def steps(torch, report, device, seconds):
         if not row["setting"].startswith("text"):
             continue
         model = LlamaForCausalLM(config)
+        if half and row["setting"] == "text-lora":
+            model = model.to(torch.float16)
         if row["setting"] == "text-lora":
             model = get_peft_model(model, LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"]))
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
@@ -86,7 +88,8 @@ def steps(torch, report, device, seconds):
         labels[:, :-32] = -100
 
         def step():
-            loss = model(input_ids=ids, labels=labels).loss
+            with torch.autocast(device, torch.float16, enabled=half):
+                loss = model(input_ids=ids, labels=labels).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -96,17 +99,35 @@ def steps(torch, report, device, seconds):
         yield f"training step, SmolLM2-135M, {row['setting']}", row["median_ms"], timed(torch, step, device, seconds)
 
 
+def share(rows, report):
+    """What the project holds itself to on a GPU, and what was measured."""
+    peak = report["peak"]["gflops"]
+    ratio = {row["name"]: row["ratio"] for row in rows}
+    kernels = {kernel["name"]: kernel["gflops"] / peak for kernel in report["kernels"]}
+    targets = [
+        ("f16 product 4096³ to the vendor's", 0.45, ratio.get("matmul 4096×4096×4096 a f16 b f16")),
+        ("f32 product 4096³ to the adapter's multiply-adds", 0.40, kernels.get("matmul 4096×4096×4096 a f32 b f32")),
+    ]
+    targets += [(f"{name} to PyTorch", 1 / 3, r) for name, r in ratio.items() if "U-Net 64²" in name or "step" in name]
+    print("\nat least   measured")
+    for name, least, found in targets:
+        if found is not None:
+            print(f"{least:8.2f} {found:10.2f}  {name}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--program", nargs="+", default=["target/release/lavender-wgpu"])
     parser.add_argument("--what", nargs="+", choices=["kernels", "unet", "train"], default=["kernels", "unet", "train"])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--precision", choices=["f32", "f16"], default="f32")
+    parser.add_argument("--batch", type=int, default=1, help="samples of the U-Net")
     parser.add_argument("--seconds", type=float, default=0.5)
     parser.add_argument("--filter", action="append", default=[])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    rows = []
+    rows, whole = [], {"kernels": []}
     import torch
 
     torch.set_num_threads(args.threads)
@@ -119,16 +140,22 @@ def main():
             out = Path(folder) / "report.json"
             filters = [part for text in args.filter for part in ("--filter", text)] if what == "kernels" else []
             command = [*args.program, "bench", what, "--seconds", str(args.seconds), "--json", str(out), *filters]
+            command += ["--precision", args.precision, "--batch", str(args.batch)]
             before = os.getloadavg()[0]
             if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
                 sys.exit(f"failed: {' '.join(command)}")
             report = json.loads(out.read_text())
+        whole["peak"] = report["peak"]
+        whole["kernels"] += report["kernels"]
         print(f"\n{report['tier']['name']} [{report['tier']['driver']}]; load before {before:.1f}")
         print(f"{'':60} {'ours ms':>10} {'PyTorch':>10}  ratio")
-        for name, ours, theirs in peer(torch, report, args.device, args.seconds):
+        more = {"half": True} if what == "train" and args.precision == "f16" and args.device == "cuda" else {}
+        for name, ours, theirs in peer(torch, report, args.device, args.seconds, **more):
             rows.append({"name": name, "ours_ms": ours, "pytorch_ms": theirs, "ratio": theirs / ours})
             print(f"{name:60} {ours:10.3f} {theirs:10.3f} {theirs / ours:6.3f}", flush=True)
         print(f"load after {os.getloadavg()[0]:.1f}")
+    if args.device == "cuda":
+        share(rows, whole)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
 

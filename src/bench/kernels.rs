@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Peak, Timing, time};
 use crate::error::Result;
-use crate::gpu::Gpu;
+use crate::gpu::{Gpu, Tier};
 use crate::ops::adamw::{AdamW, adamw};
 use crate::ops::attention::{
     AttentionMask, AttentionShape, Forward, attention, attention_backward,
@@ -149,12 +149,24 @@ fn product(m: usize, n: usize, k: usize, dtypes: [DType; 2], trans: [bool; 2]) -
     }
     .pytorch(
         format!(
-            "a=torch.rand{:?}; b=torch.rand{:?}",
-            (sa[0], sa[1]),
-            (sb[0], sb[1])
+            "a=torch.rand(({},{}){}); b=torch.rand(({},{}){})",
+            sa[0],
+            sa[1],
+            torch_dtype(da),
+            sb[0],
+            sb[1],
+            torch_dtype(da)
         ),
         format!("a{}@b{}", dt(ma), dt(mb)),
     )
+}
+
+/// The argument that makes PyTorch's operands of `dtype`; it has no product of mixed ones.
+fn torch_dtype(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F16 => ",dtype=torch.float16",
+        _ => "",
+    }
 }
 
 /// A linear layer's product with its weight [outputs, inputs] quantised: x·wᵀ, or the gradient dy·w.
@@ -449,14 +461,17 @@ fn memory_bound() -> Vec<Case> {
     cases
 }
 
-/// All cases, in the order that they are printed in; those in f16 where the adapter has it.
-pub fn cases(f16: bool) -> Vec<Case> {
+/// All cases, in the order that they are printed in; those in f16 where the adapter has it, the largest on GPUs alone.
+pub fn cases(tier: &Tier) -> Vec<Case> {
     let f = DType::F32;
     let mut cases = Vec::new();
+    if !tier.cpu {
+        cases.push(product(4096, 4096, 4096, [f; 2], [false; 2]));
+    }
     for n in [256, 512, 1024, 2048, 505, 513, 519, 1017, 1025, 1031] {
         cases.push(product(n, n, n, [f; 2], [false; 2]));
     }
-    if f16 {
+    if tier.f16 {
         for n in [512, 1024, 2048, 4096] {
             cases.push(product(n, n, n, [DType::F16; 2], [false; 2]));
         }

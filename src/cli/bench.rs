@@ -133,7 +133,7 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
 }
 
 fn time_kernels(args: &Args, gpu: &Gpu, report: &mut Report, context: &Context) -> Result<()> {
-    let mut cases = kernels::cases(gpu.tier().f16);
+    let mut cases = kernels::cases(gpu.tier());
     cases.retain(|case| args.names(&case.name));
     // What is filtered may also be a training step.
     if cases.is_empty() && args.what.is_some() {

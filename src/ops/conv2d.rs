@@ -1,7 +1,7 @@
 //! 2-D convolution, channels last, as an implicit matrix product.
 
-use super::matmul::{MatmulOptions, matmul, reduce, window};
-use super::{conv2d_rows, dispatch_work, is_f16, rows};
+use super::matmul::{Cooperative, MatmulOptions, matmul, reduce, window};
+use super::{conv2d_cooperative, conv2d_rows, dispatch_work, is_f16, rows};
 use crate::gpu::Kernel;
 use crate::tensor::{DType, Tensor};
 
@@ -41,6 +41,8 @@ pub enum Variant {
     Tile(u32),
     /// Padded image and register tiles, for drivers that run on the CPU.
     Rows,
+    /// Matrix units; the tile where they cannot.
+    Cooperative(Cooperative),
 }
 
 /// What a test may force: the kernel family, and the bytes from which images are cut into bands.
@@ -456,11 +458,27 @@ fn launch(
         Mode::Input => (g.output, g.input),
         _ => (g.input, g.output),
     };
+    let (channels, dtypes) = ([g.input[2], g.output[2]], [x.dtype(), b.dtype(), y.dtype()]);
+    let cooperative = match variant {
+        Some(Variant::Cooperative(shape)) => {
+            conv2d_cooperative::serves(shape, x.gpu(), mode, channels, dtypes).then_some(shape)
+        }
+        Some(_) => None,
+        None => conv2d_cooperative::choose(x.gpu(), mode, channels, dtypes, [m, n, splits]),
+    };
     let groups = m.div_ceil(128) * n.div_ceil(128) * splits;
     let per = match variant {
         Some(Variant::Tile(per)) => per,
         _ if groups >= 128 => 8,
         _ => 4,
+    };
+    let (kernel, side, step) = match cooperative {
+        Some(shape) => (
+            conv2d_cooperative::kernel(shape, x.gpu().tier(), mode, dtypes),
+            shape.tile(),
+            shape.step(),
+        ),
+        None => (tile(per, mode, dtypes), 16 * per as usize, 16),
     };
     let params = Params {
         m: m as u32,
@@ -479,14 +497,13 @@ fn launch(
         b_start: b_start as u32,
         y_start: y_start as u32,
         splits: splits as u32,
-        k_part: k.div_ceil(splits).next_multiple_of(16) as u32,
+        k_part: k.div_ceil(splits).next_multiple_of(step) as u32,
         ci: g.input[2] as u32,
         co: g.output[2] as u32,
         has_bias: bias.is_some().into(),
     };
-    let side = 16 * per as usize;
     dispatch_work(
-        &tile(per, mode, [x.dtype(), b.dtype(), y.dtype()]),
+        &kernel,
         &[&x, &b, &y, bias.unwrap_or(&x)],
         &params,
         [
@@ -501,6 +518,7 @@ fn launch(
 /// All kernels of this op.
 pub fn variants() -> Vec<Kernel> {
     let mut kernels = conv2d_rows::variants();
+    kernels.extend(conv2d_cooperative::variants());
     let float = [DType::F32, DType::F16];
     for per in [4, 8] {
         for x in float {

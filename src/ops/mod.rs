@@ -9,6 +9,7 @@ pub mod binary;
 pub mod cast;
 pub mod concat;
 pub mod conv2d;
+mod conv2d_cooperative;
 mod conv2d_rows;
 pub mod cross_entropy;
 pub mod dropout;

@@ -1,7 +1,9 @@
+use lavender_wgpu::gpu::{Gpu, GpuOptions, MatrixUnit, Scalar};
 use lavender_wgpu::ops::conv2d::{
     Conv2dOptions, Force, Variant, conv2d_grad_input_with, conv2d_grad_weight_with, conv2d_with,
 };
-use lavender_wgpu::tensor::DType;
+use lavender_wgpu::ops::matmul::Cooperative;
+use lavender_wgpu::tensor::{DType, Tensor};
 use rand::RngExt;
 
 use crate::support::*;
@@ -141,6 +143,96 @@ fn fuzz(force: &Force, seed: u64, rounds: usize) {
 fn odd_shapes_match_f64_in_every_variant() {
     for (i, force) in forces().into_iter().enumerate() {
         fuzz(&force, 20 + i as u64, 12);
+    }
+}
+
+#[test]
+fn matrix_units_do_what_they_can_and_leave_the_rest() {
+    let options = GpuOptions {
+        profile: true,
+        ..GpuOptions::default()
+    };
+    let gpu = Gpu::new(&options).expect("an adapter");
+    let unit = MatrixUnit {
+        size: 8,
+        operands: Scalar::F16,
+        sums: Scalar::F32,
+    };
+    if !gpu.tier().timestamps || !gpu.tier().matrix_units.contains(&unit) {
+        return;
+    }
+    let force = Force {
+        variant: Some(Variant::Cooperative(Cooperative {
+            size: 8,
+            fragments: 2,
+        })),
+        band_bytes: None,
+    };
+    for (channels, dtype, on_units) in [
+        (8, DType::F16, true),
+        (6, DType::F16, false),
+        (8, DType::F32, false),
+    ] {
+        let x = Tensor::zeros(&gpu, dtype, &[1, 5, 5, channels]);
+        let w = Tensor::zeros(&gpu, dtype, &[3, 3, channels, 8]);
+        conv2d_with(&force, &x, &w, None, &Conv2dOptions::new(1, 1));
+        let op = gpu.profile().remove(0).op;
+        assert_eq!(
+            op.starts_with("conv2d_cooperative"),
+            on_units,
+            "{channels} {dtype:?}: {op}"
+        );
+    }
+}
+
+/// Where the adapter has the units (software ones have 8×8); shapes around the sides of fragments, blocks and tiles, and
+/// channels that they do not do.
+#[test]
+fn matrix_units_match_f64() {
+    let mut rng = rng(40);
+    for (size, fragments, weight) in [
+        (8, 2, DType::Bf16),
+        (8, 4, DType::F16),
+        (16, 2, DType::F16),
+        (16, 4, DType::Bf16),
+    ] {
+        let unit = MatrixUnit {
+            size,
+            operands: Scalar::F16,
+            sums: Scalar::F32,
+        };
+        if !gpu().tier().matrix_units.contains(&unit) {
+            continue;
+        }
+        let variant = Some(Variant::Cooperative(Cooperative { size, fragments }));
+        for round in 0..10 {
+            let mut pick = |of: &[usize]| of[rng.random_range(0..of.len())];
+            let case = Case {
+                x: [
+                    pick(&[1, 2]),
+                    pick(&[3, 7, 12]),
+                    pick(&[4, 9, 16]),
+                    pick(&[4, 8, 20, 36, 5]),
+                ],
+                kernel: [[3, 3], [1, 1], [2, 3]][pick(&[0, 0, 1, 2])],
+                out: pick(&[4, 12, 32, 68]),
+                options: Conv2dOptions {
+                    stride: pick(&[1, 1, 2]),
+                    padding: [[1; 4], [0, 1, 0, 1]][pick(&[0, 1])],
+                },
+                dtype: DType::F16,
+                weight,
+            };
+            let band_bytes = (round % 3 == 0).then_some(1500);
+            check(
+                &Force {
+                    variant,
+                    band_bytes,
+                },
+                case,
+                &mut rng,
+            );
+        }
     }
 }
 

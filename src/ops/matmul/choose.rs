@@ -30,7 +30,9 @@ fn serves(variant: Variant, tier: &Tier, o: &Operands<'_>, g: &Geometry) -> bool
                 && g.k > 0
                 && g.k.is_multiple_of(4)
         }
-        Variant::Cooperative(shape) => shape.serves(tier, o.a.dtype(), o.b.storage()),
+        Variant::Cooperative(shape) => {
+            shape.serves(tier, super::cooperative::half(o.a.dtype(), o.b.storage()))
+        }
     }
 }
 
@@ -43,17 +45,11 @@ fn candidates(tier: &Tier, o: &Operands<'_>, g: &Geometry) -> Vec<Variant> {
     let mut order = vec![Variant::Vector(32)];
     // Matrix units multiply f16 many times as fast; few rows would leave most of a tile empty.
     if super::cooperative::half(o.a.dtype(), o.b.storage()) && g.m > 8 && g.n > 8 {
-        for size in [16, 8] {
-            let large = Cooperative { size, fragments: 4 };
-            let small = Cooperative { size, fragments: 2 };
-            let enough = groups(large.tile()) >= 64;
-            let both = if enough {
-                [large, small]
-            } else {
-                [small, large]
-            };
-            order.extend(both.map(Variant::Cooperative));
-        }
+        order.extend(
+            Cooperative::candidates(groups)
+                .into_iter()
+                .map(Variant::Cooperative),
+        );
     }
     let per = if groups(128) >= 128 { 8 } else { 4 };
     order.extend([Variant::Tile(per), Variant::Tile(4), Variant::Rows]);

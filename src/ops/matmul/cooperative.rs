@@ -27,20 +27,50 @@ impl Cooperative {
     }
 
     /// Elements that a step of the kernel takes along k.
-    fn step(self) -> usize {
+    pub(crate) fn step(self) -> usize {
         2 * self.size as usize
     }
 
-    /// Whether an adapter of this tier has the matrices that a product of `a` and `b` needs.
-    pub(super) fn serves(self, tier: &Tier, a: DType, b: Storage) -> bool {
+    /// Whether an adapter of this tier has the matrices that a product of f16 operands (f32 unless `half`) needs.
+    pub(crate) fn serves(self, tier: &Tier, half: bool) -> bool {
         let unit = MatrixUnit {
             size: self.size,
-            operands: if half(a, b) { Scalar::F16 } else { Scalar::F32 },
+            operands: if half { Scalar::F16 } else { Scalar::F32 },
             sums: Scalar::F32,
         };
         // f32 operands fill shared memory: no tile of 128 then.
-        let fits = half(a, b) || self.tile() == 64;
+        let fits = half || self.tile() == 64;
         fits && tier.subgroup && tier.matrix_units.contains(&unit)
+    }
+
+    /// Shapes for a result that has `groups(side)` tiles of a side, the likely best first.
+    pub(crate) fn candidates(groups: impl Fn(usize) -> usize) -> Vec<Cooperative> {
+        let mut order = Vec::new();
+        for size in [16, 8] {
+            let [large, small] = [4, 2].map(|fragments| Cooperative { size, fragments });
+            order.extend(match groups(large.tile()) >= 64 {
+                true => [large, small],
+                false => [small, large],
+            });
+        }
+        order
+    }
+
+    /// `kernel` with what `wgsl/common/matrix_units.wgsl` asks for, `half` the operands' type in shared memory.
+    pub(crate) fn flags(self, kernel: Kernel, tier: &Tier, half: bool, trans: [bool; 2]) -> Kernel {
+        self.flags_of(kernel, threads(tier), half, trans)
+    }
+
+    fn flags_of(self, kernel: Kernel, threads: u32, half: bool, trans: [bool; 2]) -> Kernel {
+        kernel
+            .flag("COOPERATIVE", true)
+            .def("SIZE", self.size as i32)
+            .def("FRAGMENTS", self.fragments as i32)
+            .def("STEP", self.step() as i32)
+            .def("THREADS", threads as i32)
+            .flag("HALF", half)
+            .flag("TRANS_A", trans[0])
+            .flag("TRANS_B", trans[1])
     }
 }
 
@@ -70,17 +100,8 @@ fn kernel(
     b: Storage,
     c: DType,
 ) -> Kernel {
-    let kernel = Kernel::new("matmul_cooperative")
-        .flag("COOPERATIVE", true)
-        .def("SIZE", shape.size as i32)
-        .def("FRAGMENTS", shape.fragments as i32)
-        .def("STEP", shape.step() as i32)
-        .def("THREADS", threads as i32)
-        .flag("HALF", half(a, b))
-        .flag("QUADS", quads)
-        .flag("TRANS_A", trans[0])
-        .flag("TRANS_B", trans[1]);
-    b.flags(kernel, a, c)
+    let kernel = Kernel::new("matmul_cooperative").flag("QUADS", quads);
+    b.flags(shape.flags_of(kernel, threads, half(a, b), trans), a, c)
 }
 
 /// Whether every line of the operands is whole fours that start at one.
