@@ -1,6 +1,7 @@
 // c = activation(a·b + bias) + residual for GPUs: a square tile of c per workgroup, staged through
 // shared memory, PER×PER results a thread. Threads interleave (row = ty + 16 i) so that shared reads
-// are free of bank conflicts and stores to c are coalesced.
+// are free of bank conflicts and stores to c are coalesced. A4, B4: the operand is read four elements at
+// a time, which its strides allow; quantised weights always are.
 #import activation::activation
 #ifdef QUANTIZED
 #import quantized::{quad, quad_word, scale_word}
@@ -41,14 +42,31 @@ struct Params {
     fb: f32,
 }
 
+#ifdef A4
+@group(0) @binding(0) var<storage, read> a: array<vec4<AElem>>;
+#else
 @group(0) @binding(0) var<storage, read> a: array<AElem>;
-#ifdef B_WORDS
+#endif
+#ifdef QUANTIZED
 @group(0) @binding(1) var<storage, read> b: array<u32>;
 #else
-#ifdef B_F16
-@group(0) @binding(1) var<storage, read> b: array<f16>;
+#ifdef B_BF16
+#ifdef B4
+@group(0) @binding(1) var<storage, read> b: array<vec2<u32>>;
 #else
-@group(0) @binding(1) var<storage, read> b: array<f32>;
+@group(0) @binding(1) var<storage, read> b: array<u32>;
+#endif
+#else
+#ifdef B_F16
+alias BElem = f16;
+#else
+alias BElem = f32;
+#endif
+#ifdef B4
+@group(0) @binding(1) var<storage, read> b: array<vec4<BElem>>;
+#else
+@group(0) @binding(1) var<storage, read> b: array<BElem>;
+#endif
 #endif
 #endif
 @group(0) @binding(2) var<storage, read_write> c: array<CElem>;
@@ -68,14 +86,23 @@ const ROW = TILE + 1u;
 var<workgroup> a_tile: array<f32, STEP * ROW>;
 var<workgroup> b_tile: array<f32, STEP * ROW>;
 
-#ifdef QUANTIZED
+#ifdef B4
 fn load_b4(element: u32) -> vec4<f32> {
     let i = element / 4u;
+#ifdef QUANTIZED
     return quad(i, b[quad_word(i)], scales[scale_word(i)]);
+#else
+#ifdef B_BF16
+    let w = b[i];
+    return bitcast<vec4<f32>>(vec4<u32>(w.x << 16u, w.x & 0xffff0000u, w.y << 16u, w.y & 0xffff0000u));
+#else
+    return vec4<f32>(b[i]);
+#endif
+#endif
 }
 #else
 fn load_b(i: u32) -> f32 {
-#ifdef B_WORDS
+#ifdef B_BF16
     // bf16 is the upper half of an f32.
     let word = b[i >> 1u];
     return bitcast<f32>(select(word << 16u, word & 0xffff0000u, (i & 1u) == 1u));
@@ -98,6 +125,31 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let k_end = min(p.k, (part + 1u) * p.k_part);
     var sum: array<array<f32, PER>, PER>;
     for (var k0 = part * p.k_part; k0 < k_end; k0 += STEP) {
+#ifdef A4
+        for (var i = 0u; i < PER / 4u; i++) {
+            let t = local + 256u * i;
+#ifdef TRANS_A
+            let ak = t / (TILE / 4u);
+            let am = t % (TILE / 4u) * 4u;
+            let a_at = a0 + (k0 + ak) * p.lda + row0 + am;
+            let step = 1u;
+#else
+            let ak = t % (STEP / 4u) * 4u;
+            let am = t / (STEP / 4u);
+            let a_at = a0 + (row0 + am) * p.lda + k0 + ak;
+            let step = ROW;
+#endif
+            var av = vec4<f32>();
+            if row0 + am < p.m && k0 + ak < k_end {
+                av = vec4<f32>(a[a_at / 4u]);
+            }
+            let to = ak * ROW + am;
+            a_tile[to] = av.x;
+            a_tile[to + step] = av.y;
+            a_tile[to + 2u * step] = av.z;
+            a_tile[to + 3u * step] = av.w;
+        }
+#else
         for (var i = 0u; i < PER; i++) {
             let t = local + 256u * i;
 #ifdef TRANS_A
@@ -114,25 +166,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 av = f32(a[a_at]);
             }
             a_tile[ak * ROW + am] = av;
-#ifndef QUANTIZED
-#ifdef TRANS_B
-            let bk = t % STEP;
-            let bn = t / STEP;
-            let b_at = b0 + (col0 + bn) * p.ldb + k0 + bk;
-#else
-            let bk = t / TILE;
-            let bn = t % TILE;
-            let b_at = b0 + (k0 + bk) * p.ldb + col0 + bn;
-#endif
-            var bv = 0.0;
-            if col0 + bn < p.n && k0 + bk < k_end {
-                bv = load_b(b_at);
-            }
-            b_tile[bk * ROW + bn] = bv;
-#endif
         }
-#ifdef QUANTIZED
-        // Four weights at a time, dequantised on the way; stored rows are padded with zeros to whole quads.
+#endif
+#ifdef B4
+        // Stored rows of quantised weights are padded with zeros to whole fours.
         for (var i = 0u; i < PER / 4u; i++) {
             let t = local + 256u * i;
 #ifdef TRANS_B
@@ -155,6 +192,24 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             b_tile[to + step] = bv.y;
             b_tile[to + 2u * step] = bv.z;
             b_tile[to + 3u * step] = bv.w;
+        }
+#else
+        for (var i = 0u; i < PER; i++) {
+            let t = local + 256u * i;
+#ifdef TRANS_B
+            let bk = t % STEP;
+            let bn = t / STEP;
+            let b_at = b0 + (col0 + bn) * p.ldb + k0 + bk;
+#else
+            let bk = t / TILE;
+            let bn = t % TILE;
+            let b_at = b0 + (k0 + bk) * p.ldb + col0 + bn;
+#endif
+            var bv = 0.0;
+            if col0 + bn < p.n && k0 + bk < k_end {
+                bv = load_b(b_at);
+            }
+            b_tile[bk * ROW + bn] = bv;
         }
 #endif
         workgroupBarrier();

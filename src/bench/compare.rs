@@ -119,7 +119,11 @@ mod tests {
             pytorch: None,
         };
         Report {
-            peak: Peak { gflops, gbs: 1.0 },
+            peak: Peak {
+                gflops,
+                gbs: 1.0,
+                ..Peak::default()
+            },
             kernels: kernel.map(timed).into_iter().collect(),
             ..Report::default()
         }

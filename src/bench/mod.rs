@@ -7,6 +7,7 @@ pub mod compare;
 pub mod kernels;
 pub mod plot;
 pub mod training;
+pub mod tune;
 pub mod unet;
 
 use std::path::Path;

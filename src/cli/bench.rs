@@ -4,12 +4,14 @@ use std::fmt::Display;
 use std::path::PathBuf;
 
 use super::Context;
-use crate::bench::{Report, compare, kernels, plot, training, unet};
+use crate::Result;
+use crate::bench::{Report, compare, kernels, plot, training, tune, unet};
 use crate::error::Error;
 use crate::files::write_bytes;
+use crate::gpu::{Gpu, GpuOptions};
+use crate::ops::matmul;
 use crate::tensor::DType;
 use crate::train::config::Precision;
-use crate::{Result, gpu::Gpu};
 
 /// Options of `bench`.
 #[derive(Debug, clap::Args)]
@@ -19,6 +21,7 @@ use crate::{Result, gpu::Gpu};
     lavender-wgpu bench --json here.json               kernels, U-Net and training steps\n  \
     lavender-wgpu bench kernels --filter matmul\n  \
     lavender-wgpu bench unet --side 32 --precision f16\n  \
+    lavender-wgpu bench --tune                         find the fastest kernels here, for later runs\n  \
     lavender-wgpu bench compare laptop.json desktop.json --plot both.svg\n\n\
     Weights and data are random: nothing is downloaded. `unet` holds 3.4 GiB in f32, 1.7 GiB in f16."
 )]
@@ -41,6 +44,11 @@ pub struct Args {
     /// Samples in one pass of the U-Net
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub batch: usize,
+    /// Measure which kernels are fastest on this adapter and keep that for later runs; nothing else is measured.
+    ///
+    /// Later runs add in another order where another kernel is chosen: their numbers differ in the last places.
+    #[arg(long, conflicts_with_all = ["what", "json"])]
+    pub tune: bool,
     /// Also write the figures here
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
@@ -100,6 +108,9 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
     if args.batch == 0 {
         return Err(Error::Input("--batch 0: expected at least 1".into()));
     }
+    if args.tune {
+        return measure_choices(args, context);
+    }
     let gpu = context.gpu()?;
     let mut report = Report::new(gpu)?;
     let recording = report.peak.record_us;
@@ -130,6 +141,55 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
         }
         None => Ok(()),
     }
+}
+
+fn measure_choices(args: &Args, context: &Context) -> Result<()> {
+    // Timestamps leave out what the host adds.
+    let gpu = Gpu::new(&GpuOptions {
+        profile: true,
+        ..context.gpu_options()
+    })?;
+    context.say(gpu.tier());
+    let mut shapes = tune::shapes(&gpu);
+    if !args.filter.is_empty() {
+        shapes.retain(|s| args.filter.iter().any(|f| s.to_string().contains(f)));
+    }
+    if shapes.is_empty() {
+        return Err(Error::Input(format!(
+            "--filter {}: no product is written so; one is `1x300x1536x576 nt f32 f32 f32`",
+            args.filter.join(" ")
+        )));
+    }
+    let mut progress = context.progress("measuring", shapes.len());
+    let (mut lines, mut stopped) = (Vec::new(), Ok(()));
+    for shape in &shapes {
+        stopped = context.interrupt.check();
+        if stopped.is_err() {
+            break;
+        }
+        let tuned = matmul::tune(&gpu, shape)?;
+        progress.step(format!("{shape}: {}", tuned.choice));
+        gpu.set_tuned(&shape.class(), tuned.clone());
+        lines.push(tuned);
+    }
+    drop(progress);
+    let path = gpu.save_tuning()?;
+    heading(context, "product", "ms", "usual ms    gain  choice")?;
+    for tuned in lines {
+        context.print(format_args!(
+            "{:60} {:9.3} {:10.3} {:6.2}×  {}",
+            tuned.shape,
+            tuned.millis,
+            tuned.usual_millis,
+            tuned.usual_millis / tuned.millis,
+            tuned.choice
+        ))?;
+    }
+    match path {
+        Some(path) => context.say(format_args!("kept in {}", path.display())),
+        None => context.say("kept nowhere: this system names no cache folder"),
+    }
+    stopped
 }
 
 fn time_kernels(args: &Args, gpu: &Gpu, report: &mut Report, context: &Context) -> Result<()> {

@@ -10,7 +10,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use tracing_subscriber::EnvFilter;
 
-use crate::gpu::{Gpu, GpuOptions};
+use crate::gpu::{Gpu, GpuOptions, Tuning};
 use crate::tensor::DType;
 use crate::train::config::Precision;
 use crate::{Error, Result};
@@ -109,6 +109,7 @@ impl Context {
             adapter: self.common.adapter.clone(),
             max_bytes: self.common.max_memory.map(|Bytes(bytes)| bytes),
             profile: self.common.profile,
+            tuning: Tuning::Cached,
             ..GpuOptions::default()
         }
     }

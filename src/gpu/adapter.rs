@@ -163,6 +163,14 @@ fn rank(adapter: &wgpu::Adapter) -> u32 {
     }
 }
 
+/// The sizes that the driver may choose from. wgpu tells 4 to 64 of every Metal adapter; Apple's own have 32.
+fn subgroup_size(info: &wgpu::AdapterInfo) -> (u32, u32) {
+    match info.backend {
+        wgpu::Backend::Metal if info.name.starts_with("Apple") => (32, 32),
+        _ => (info.subgroup_min_size, info.subgroup_max_size),
+    }
+}
+
 fn tier(adapter: &wgpu::Adapter) -> Tier {
     let (info, limits, features) = (adapter.get_info(), adapter.limits(), adapter.features());
     Tier {
@@ -173,7 +181,7 @@ fn tier(adapter: &wgpu::Adapter) -> Tier {
         cpu: info.device_type == wgpu::DeviceType::Cpu,
         f16: features.contains(wgpu::Features::SHADER_F16),
         subgroup: features.contains(wgpu::Features::SUBGROUP),
-        subgroup_size: (info.subgroup_min_size, info.subgroup_max_size),
+        subgroup_size: subgroup_size(&info),
         cooperative_matrix: features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX),
         matrix_units: matrix_units(adapter),
         timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY),

@@ -7,6 +7,7 @@ mod profile;
 mod readback;
 mod shader;
 mod stream;
+mod tuning;
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -17,6 +18,7 @@ pub use profile::OpTime;
 pub use readback::ReadBack;
 pub use shader::{ShaderLibrary, stitched_wgsl};
 pub use stream::Binding;
+pub use tuning::{Tuned, Tuning};
 
 use crate::error::{Error, Result};
 
@@ -33,6 +35,10 @@ pub struct GpuOptions {
     pub portable: bool,
     /// Compile shaders with bounds checks (tests); release runs without.
     pub checked: bool,
+    /// Whether kernels are chosen as `bench --tune` has measured.
+    pub tuning: Tuning,
+    /// Folder for what is kept between runs: compiled kernels, measured choices; `None` is the user's cache folder.
+    pub cache_dir: Option<std::path::PathBuf>,
 }
 
 /// One opened GPU: device, queue, pools, caches and the command stream. Cheap to clone.
@@ -46,6 +52,7 @@ pub(crate) struct Inner {
     pub faults: Arc<Faults>,
     pub pool: pool::Pool,
     pub shaders: shader::Shaders,
+    pub tuner: tuning::Tuner,
     pub stream: Mutex<stream::Stream>,
     pub profiler: Mutex<profile::Profiler>,
 }
@@ -110,9 +117,11 @@ impl Gpu {
             }
         });
         tracing::info!("{tier}");
+        let cache_dir = options.cache_dir.clone().or_else(shader::cache_dir);
         Ok(Gpu(Arc::new(Inner {
             pool: pool::Pool::new(options.max_bytes),
-            shaders: shader::Shaders::new(&device, &tier, options.checked),
+            shaders: shader::Shaders::new(&device, &tier, options.checked, cache_dir.as_deref()),
+            tuner: tuning::Tuner::new(options.tuning, cache_dir, &tier),
             stream: Mutex::new(stream::Stream::new(&tier)),
             profiler: Mutex::new(profile::Profiler::new(options.profile && tier.timestamps)),
             device,
@@ -147,6 +156,11 @@ impl Gpu {
     /// Whether an error waits for [`Gpu::check`]: nothing is dispatched until then.
     pub fn failing(&self) -> bool {
         self.0.faults.any()
+    }
+
+    /// Records an error for [`Gpu::check`] to report.
+    pub(crate) fn fault(&self, error: Error) {
+        self.0.faults.set(error);
     }
 
     /// Submits everything recorded so far and waits until the device has finished it.

@@ -1,7 +1,7 @@
 //! WGSL files, composed with their imports, compiled to pipelines once per variant.
 
 use std::collections::{HashMap, HashSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use include_dir::{Dir, include_dir};
@@ -172,8 +172,8 @@ pub(crate) struct Shaders {
     broken: Mutex<HashSet<&'static str>>,
 }
 
-/// Folder for what we keep between runs (pipeline caches, tuning).
-fn cache_dir() -> Option<PathBuf> {
+/// The user's folder for what we keep between runs (pipeline caches, tuning).
+pub(super) fn cache_dir() -> Option<PathBuf> {
     let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty());
     let base = var("XDG_CACHE_HOME")
         .or_else(|| var("LOCALAPPDATA"))
@@ -183,13 +183,18 @@ fn cache_dir() -> Option<PathBuf> {
 }
 
 impl Shaders {
-    pub fn new(device: &wgpu::Device, tier: &Tier, checked: bool) -> Shaders {
+    pub fn new(
+        device: &wgpu::Device,
+        tier: &Tier,
+        checked: bool,
+        cache_dir: Option<&Path>,
+    ) -> Shaders {
         let cache = tier
             .cache_key
             .as_ref()
             .filter(|_| tier.pipeline_cache)
             .and_then(|key| {
-                let path = cache_dir()?.join(key);
+                let path = cache_dir?.join(key);
                 let data = std::fs::read(&path).ok();
                 // SAFETY: the file was written by `save_cache` from this API's own data; the driver
                 // validates its header, and `fallback` discards what it does not accept.

@@ -5,15 +5,24 @@ use super::{THREADS, dispatch, is_f16, linear_groups, rows};
 use crate::gpu::Kernel;
 use crate::tensor::{DType, QuantizedMatrix, Tensor};
 #[doc(hidden)]
+pub use choose::Choice;
+#[doc(hidden)]
 pub use cooperative::Cooperative;
 use cut::cut;
+use launch::tile_of;
 use right::Right;
+#[doc(hidden)]
+pub use shape::Shape;
+#[doc(hidden)]
+pub use tune::tune;
 
 mod choose;
 mod cooperative;
 mod cut;
 mod launch;
 mod right;
+mod shape;
+mod tune;
 
 /// How [`matmul`] reads its operands and what it does to the product.
 #[derive(Clone, Copy, Debug, Default)]
@@ -44,6 +53,8 @@ pub enum Variant {
     Vector(u32),
     /// Matrix units, through cooperative matrices.
     Cooperative(Cooperative),
+    /// Registers alone, a's elements handed round in subgroups of 8 to 64.
+    Subgroup,
 }
 
 /// One product of matrices inside larger storages, all in elements.
@@ -73,7 +84,14 @@ struct Operands<'a> {
     b: &'a Right,
     c: &'a Tensor,
     options: MatmulOptions<'a>,
-    variant: Variant,
+    choice: Choice,
+}
+
+impl Operands<'_> {
+    /// The same product done otherwise.
+    fn with(&self, choice: Choice) -> Self {
+        Operands { choice, ..*self }
+    }
 }
 
 /// The tail of every kernel's parameters that ends in an epilogue.
@@ -129,8 +147,17 @@ pub fn matmul_with(
     b: &Tensor,
     options: &MatmulOptions<'_>,
 ) -> Tensor {
+    matmul_as(variant.map(Choice::from), a, b, options)
+}
+
+fn matmul_as(
+    choice: Option<Choice>,
+    a: &Tensor,
+    b: &Tensor,
+    options: &MatmulOptions<'_>,
+) -> Tensor {
     let (g, shape) = geometry(a.shape(), b.shape(), options);
-    product(variant, a, &Right::Float(b.clone()), g, &shape, options)
+    product(choice, a, &Right::Float(b.clone()), g, &shape, options)
 }
 
 /// [`matmul`] by a quantised `w` [outputs, inputs], dequantised in the kernel's registers: a · wᵀ with `trans_b`, as a
@@ -147,17 +174,26 @@ pub fn matmul_quantized_with(
     w: &QuantizedMatrix,
     options: &MatmulOptions<'_>,
 ) -> Tensor {
+    matmul_quantized_as(variant.map(Choice::from), a, w, options)
+}
+
+fn matmul_quantized_as(
+    choice: Option<Choice>,
+    a: &Tensor,
+    w: &QuantizedMatrix,
+    options: &MatmulOptions<'_>,
+) -> Tensor {
     assert!(!options.trans_a, "matmul: a transposed {a:?} by {w:?}");
     let (g, shape) = geometry(a.shape(), &w.shape(), options);
     let g = Geometry {
         ldb: w.pitch(),
         ..g
     };
-    product(variant, a, &Right::Quantized(w.clone()), g, &shape, options)
+    product(choice, a, &Right::Quantized(w.clone()), g, &shape, options)
 }
 
 fn product(
-    variant: Option<Variant>,
+    choice: Option<Choice>,
     a: &Tensor,
     b: &Right,
     g: Geometry,
@@ -185,16 +221,12 @@ fn product(
         b,
         c: &c,
         options: *options,
-        variant: Variant::Rows,
+        choice: Variant::Rows.into(),
     };
-    let variant = choose::variant(&operands, &g, variant);
-    let operands = Operands {
-        variant,
-        ..operands
-    };
+    let operands = operands.with(choose::choice(&operands, &g, choice));
     let parts = k_parts(&operands, &g);
     // The CPU kernel has no activation: 64 inlined copies of it would take seconds to compile.
-    let whole = variant != Variant::Rows || options.activation.is_none();
+    let whole = operands.choice.variant != Variant::Rows || options.activation.is_none();
     if parts == 1 && whole {
         cut(&operands, &g);
         return c;
@@ -347,23 +379,16 @@ fn k_parts(o: &Operands<'_>, g: &Geometry) -> usize {
     if parts > 1 || over(o.a) || over(b) {
         return parts;
     }
-    let wanted = match o.variant {
-        Variant::Tile(per) => gpu_splits(g, 16 * per as usize),
-        Variant::Cooperative(shape) => gpu_splits(g, shape.tile()),
-        Variant::Rows => {
-            let groups = g.m.div_ceil(rows::TILE[0]) * g.n.div_ceil(rows::TILE[1]) * g.batch;
-            rows::splits(groups, g.k)
-        }
-        Variant::Vector(_) => 1,
+    let [rows, columns] = tile_of(o.choice.variant, o.a.gpu().tier().subgroup_size.1);
+    let groups = (g.m.div_ceil(rows) * g.n.div_ceil(columns) * g.batch).max(1);
+    let wanted = match (o.choice.variant, o.choice.splits) {
+        (Variant::Vector(_), _) => 1,
+        (_, Some(splits)) => splits.min(g.k / 64),
+        (Variant::Rows, None) => rows::splits(groups, g.k),
+        _ => (256 / groups).min(g.k / 256).min(64),
     };
     let fits = (limit(o.a) / 4) as usize / (g.batch * g.m * g.n).max(1);
     wanted.min(fits).max(1)
-}
-
-/// Parts of k that give a GPU enough workgroups.
-fn gpu_splits(g: &Geometry, tile: usize) -> usize {
-    let groups = g.m.div_ceil(tile) * g.n.div_ceil(tile) * g.batch;
-    (256 / groups.max(1)).min(g.k / 256).min(64)
 }
 
 /// A view of `len` elements from `start`, begun early enough to be aligned; and the start within it.

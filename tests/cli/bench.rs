@@ -1,6 +1,6 @@
 //! `bench`: a small measurement and its report, reports side by side, wrong input. No time is asserted.
 
-use crate::support::{refused_with, run, stderr, stdout};
+use crate::support::{program, refused_with, run, stderr, stdout};
 
 #[test]
 fn a_report_is_written_and_compared() {
@@ -42,6 +42,40 @@ fn a_report_is_written_and_compared() {
     assert!(
         drawn.contains("<svg") && drawn.contains("rotary"),
         "{drawn}"
+    );
+}
+
+#[test]
+fn tuning_measures_and_keeps_what_it_found() {
+    let dir = tempfile::tempdir().unwrap();
+    let tune = |filter: &str| {
+        let mut command = program();
+        command.env("XDG_CACHE_HOME", dir.path());
+        command.args(["bench", "--tune", "--filter", filter]);
+        command.output().unwrap()
+    };
+    let shape = "1x128x16x576 nt f32 f32 f32";
+    let given = tune(shape);
+    assert_eq!(given.status.code(), Some(0), "{}", stderr(&given));
+    assert!(stdout(&given).contains(shape), "{}", stdout(&given));
+    let kept = std::fs::read_dir(dir.path().join("lavender-wgpu")).unwrap();
+    let caches: Vec<_> = kept
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|e| e == "json"))
+        .collect();
+    assert_eq!(caches.len(), 1, "{caches:?}");
+    let cache: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(&caches[0]).unwrap()).unwrap();
+    let choices = cache["choices"].as_object().unwrap();
+    assert_eq!(choices.len(), 1, "{cache}");
+    assert!(
+        choices
+            .values()
+            .all(|c| c["shape"] == shape && c["millis"].as_f64() > Some(0.0))
+    );
+    refused_with(
+        &["bench", "--tune", "--filter", "nosuch"],
+        &["nosuch", "1x300x"],
     );
 }
 

@@ -9,4 +9,5 @@ mod faults;
 mod memory;
 mod save;
 mod stream;
+mod tuning;
 mod views;

@@ -24,6 +24,7 @@ mod loss_scale;
 mod matmul;
 mod matmul_cooperative;
 mod matmul_quantized;
+mod matmul_tune;
 mod permute;
 mod reduce;
 mod replace_rows;

@@ -7,13 +7,14 @@ use rand::RngExt;
 use crate::support::*;
 
 /// Every kernel family, and the one that the tier chooses.
-const VARIANTS: [Option<Variant>; 6] = [
+const VARIANTS: [Option<Variant>; 7] = [
     None,
     Some(Variant::Tile(4)),
     Some(Variant::Tile(8)),
     Some(Variant::Rows),
     Some(Variant::Vector(1)),
     Some(Variant::Vector(32)),
+    Some(Variant::Subgroup),
 ];
 
 #[derive(Debug, Clone, Copy)]

@@ -11,13 +11,14 @@ use crate::support::*;
 const KINDS: [Quantization; 2] = [Quantization::Q8, Quantization::Q4];
 
 /// Every kernel family, and the one that the tier chooses.
-const VARIANTS: [Option<Variant>; 6] = [
+const VARIANTS: [Option<Variant>; 7] = [
     None,
     Some(Variant::Tile(4)),
     Some(Variant::Tile(8)),
     Some(Variant::Rows),
     Some(Variant::Vector(1)),
     Some(Variant::Vector(32)),
+    Some(Variant::Subgroup),
 ];
 
 /// Normal values of deviation 0.02, as trained weights are.

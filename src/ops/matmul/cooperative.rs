@@ -1,6 +1,6 @@
 //! The product on matrix units, through cooperative matrices.
 
-use super::launch::{bound, params};
+use super::launch::{bound, fours, params};
 use super::right::Storage;
 use super::{Geometry, Operands};
 use crate::gpu::{Kernel, MatrixUnit, Scalar, Tier};
@@ -80,15 +80,9 @@ pub(super) fn half(a: DType, b: Storage) -> bool {
     a == DType::F16 && b != Storage::Float(DType::F32)
 }
 
-/// Threads that become four subgroups, if the driver makes them as large as expected.
+/// Threads that become four subgroups, if the driver makes them as large as it can; AMD's does unless asked.
 fn threads(tier: &Tier) -> u32 {
-    let (least, most) = tier.subgroup_size;
-    // Metal tells 4 to 64 of every GPU; Apple's have 32. AMD's, 32 to 64, take 64 unless asked.
-    let expected = match (least, most) {
-        (4, 64) => 32,
-        _ => most.clamp(4, 64),
-    };
-    BLOCKS * expected
+    BLOCKS * tier.subgroup_size.1.clamp(4, 64)
 }
 
 fn kernel(
@@ -104,21 +98,12 @@ fn kernel(
     b.flags(shape.flags_of(kernel, threads, half(a, b), trans), a, c)
 }
 
-/// Whether every line of the operands is whole fours that start at one.
-fn quads(o: &Operands<'_>, g: &Geometry) -> bool {
-    let fours = |values: [usize; 4]| values.iter().all(|v| v.is_multiple_of(4));
-    let along_a = if o.options.trans_a { g.m } else { g.k };
-    let along_b = if o.options.trans_b { g.k } else { g.n };
-    fours([g.lda, g.a_start, g.a_batch, along_a])
-        && (o.b.storage().is_quantized() || fours([g.ldb, g.b_start, g.b_batch, along_b]))
-}
-
 /// The kernel of a piece of the product.
 pub(super) fn kernel_of(shape: Cooperative, o: &Operands<'_>, g: &Geometry) -> Kernel {
     kernel(
         shape,
         threads(o.a.gpu().tier()),
-        quads(o, g),
+        fours(o, g) == [true; 2],
         [o.options.trans_a, o.options.trans_b],
         o.a.dtype(),
         o.b.storage(),

@@ -30,14 +30,14 @@ pub(super) struct Params {
 
 /// Whether the CPU kernel takes `b` in panels: it reads f32 rows along n in whole vec4s, and packing many costs little.
 pub(super) fn packs_b(o: &Operands<'_>, g: &Geometry) -> bool {
-    o.variant == Variant::Rows
+    o.choice.variant == Variant::Rows
         && (o.options.trans_b
             || o.b.storage() != Storage::Float(DType::F32)
             || ![g.ldb, g.b_start, g.b_batch]
                 .iter()
                 .all(|v| v.is_multiple_of(4))
             || !(o.options.trans_a || g.k.is_multiple_of(4))
-            || g.m >= rows::PACKED_ROWS)
+            || o.choice.packed.unwrap_or(g.m >= rows::PACKED_ROWS))
 }
 
 /// Whether it needs `a` in padded f32 rows (kept in column form when transposed).
@@ -218,20 +218,61 @@ pub(super) fn params(o: &Operands<'_>, g: &Geometry, step: usize) -> Params {
     }
 }
 
-fn tile(per: u32, trans: [bool; 2], a: DType, b: Storage, c: DType) -> Kernel {
+/// Whether every line of a, and of b, is whole fours that start at one, so that it can be read in fours.
+pub(super) fn fours(o: &Operands<'_>, g: &Geometry) -> [bool; 2] {
+    let whole = |values: [usize; 4]| values.iter().all(|v| v.is_multiple_of(4));
+    let along_a = if o.options.trans_a { g.m } else { g.k };
+    let along_b = if o.options.trans_b { g.k } else { g.n };
+    [
+        whole([g.lda, g.a_start, g.a_batch, along_a]),
+        o.b.storage().is_quantized() || whole([g.ldb, g.b_start, g.b_batch, along_b]),
+    ]
+}
+
+fn tile(per: u32, fours: [bool; 2], trans: [bool; 2], a: DType, b: Storage, c: DType) -> Kernel {
     let kernel = Kernel::new("matmul_tile")
         .def("PER", per as i32)
+        .flag("A4", fours[0])
+        .flag("B4", fours[1])
         .flag("TRANS_A", trans[0])
         .flag("TRANS_B", trans[1]);
     b.flags(kernel, a, c)
+}
+
+/// Rows of a workgroup of `matmul_subgroup`, and its threads and columns where subgroups have at most `lanes`.
+const SUBGROUP_ROWS: usize = 32;
+
+fn subgroup(lanes: u32, quads: bool, trans: [bool; 2], a: DType, b: Storage, c: DType) -> Kernel {
+    let kernel = Kernel::new("matmul_subgroup")
+        .def("THREADS", 4 * lanes as i32)
+        .def("WIDTH", 4 * lanes as i32)
+        .flag("QUADS", quads)
+        .flag("TRANS_A", trans[0])
+        .flag("TRANS_B", trans[1]);
+    b.flags(kernel, a, c)
+}
+
+/// Rows and columns that a workgroup computes.
+pub(super) fn tile_of(variant: Variant, lanes: u32) -> [usize; 2] {
+    match variant {
+        Variant::Tile(per) => [16 * per as usize; 2],
+        Variant::Cooperative(shape) => [shape.tile(); 2],
+        Variant::Subgroup => [SUBGROUP_ROWS, 4 * lanes as usize],
+        Variant::Rows => rows::TILE,
+        Variant::Vector(_) => [8; 2],
+    }
 }
 
 /// The kernel that does the product.
 pub(super) fn kernel_of(o: &Operands<'_>, g: &Geometry) -> Kernel {
     let trans = [o.options.trans_a, o.options.trans_b];
     let (a, b, c) = (o.a.dtype(), o.b.storage(), o.c.dtype());
-    match o.variant {
-        Variant::Tile(per) => tile(per, trans, a, b, c),
+    match o.choice.variant {
+        Variant::Tile(per) => tile(per, fours(o, g), trans, a, b, c),
+        Variant::Subgroup => {
+            let lanes = o.a.gpu().tier().subgroup_size.1;
+            subgroup(lanes, fours(o, g) == [true; 2], trans, a, b, c)
+        }
         Variant::Vector(lanes) => vector(g.m.next_power_of_two(), lanes, a, b, c),
         Variant::Cooperative(shape) => cooperative::kernel_of(shape, o, g),
         Variant::Rows => rows::kernel(trans[0], false, c),
@@ -246,24 +287,19 @@ pub(super) fn launch(o: &Operands<'_>, g: &Geometry) {
         "matmul: {g:?} starts within a quad"
     );
     let work = 2 * g.batch as u64 * (g.m * g.n) as u64 * g.k as u64;
-    let per = match o.variant {
-        Variant::Tile(per) => per,
+    match o.choice.variant {
+        Variant::Tile(_) | Variant::Subgroup => {}
         Variant::Cooperative(shape) => return cooperative::launch(shape, o, g, work),
         Variant::Rows => return launch_rows(o, g),
         Variant::Vector(_) => return launch_vector(o, g, work),
-    };
-    let side = 16 * per as usize;
-    dispatch_work(
-        &kernel_of(o, g),
-        &bound(o),
-        &params(o, g, 16),
-        [
-            g.n.div_ceil(side) as u32,
-            g.m.div_ceil(side) as u32,
-            (g.batch * g.splits) as u32,
-        ],
-        work,
-    );
+    }
+    let [rows, columns] = tile_of(o.choice.variant, o.a.gpu().tier().subgroup_size.1);
+    let groups = [
+        g.n.div_ceil(columns) as u32,
+        g.m.div_ceil(rows) as u32,
+        (g.batch * g.splits) as u32,
+    ];
+    dispatch_work(&kernel_of(o, g), &bound(o), &params(o, g, 16), groups, work);
 }
 
 /// All kernels of this file.
@@ -283,9 +319,21 @@ pub(super) fn variants() -> Vec<Kernel> {
                 for trans in [[false, false], [false, true], [true, false], [true, true]] {
                     // A quantised weight has no gradient, so nothing asks for the product of a transposed a.
                     if !(trans[0] && b.is_quantized()) {
-                        kernels.push(tile(per, trans, a, b, a));
+                        let fours = if per == 4 {
+                            [true; 2]
+                        } else {
+                            [false, b.is_quantized()]
+                        };
+                        kernels.push(tile(per, fours, trans, a, b, a));
                     }
                 }
+            }
+            for (quads, trans) in [
+                (true, [false, true]),
+                (true, [true, false]),
+                (false, [false, false]),
+            ] {
+                kernels.push(subgroup(32, quads, trans, a, b, a));
             }
             for (rows, lanes) in [(1, 1), (8, 1), (1, 32), (8, 32)] {
                 kernels.push(vector(rows, lanes, a, b, a));
@@ -293,7 +341,15 @@ pub(super) fn variants() -> Vec<Kernel> {
         }
     }
     let gradient = Storage::Float(DType::F16);
-    kernels.push(tile(4, [true, false], DType::F16, gradient, DType::F32));
+    let whole = [true; 2];
+    kernels.push(tile(
+        4,
+        whole,
+        [true, false],
+        DType::F16,
+        gradient,
+        DType::F32,
+    ));
     kernels.extend(cooperative::variants());
     kernels
 }

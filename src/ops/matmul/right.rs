@@ -25,7 +25,6 @@ impl Storage {
             .flag("A_F16", a == DType::F16)
             .flag("B_F16", is(DType::F16))
             .flag("B_BF16", is(DType::Bf16))
-            .flag("B_WORDS", is(DType::Bf16) || self.is_quantized())
             .flag("QUANTIZED", self.is_quantized())
             .flag("Q4", self == Self::Quantized(Quantization::Q4))
             .flag("C_F16", c == DType::F16)
