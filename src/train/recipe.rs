@@ -295,6 +295,7 @@ impl Training {
             .config
             .learning_rate(self.step, epoch, self.total_steps());
         gpu.reset_peak();
+        let before = (gpu.dispatches(), gpu.bind_groups());
         let (computed, norm) = loop {
             match self.update(gpu, examples, lr as f32) {
                 Err(Error::OutOfMemory { .. }) if self.state.micro > 1 => {
@@ -303,6 +304,12 @@ impl Training {
                 other => break other?,
             }
         };
+        tracing::debug!(
+            "step {}: {} dispatches, {} new bind groups",
+            self.step,
+            gpu.dispatches() - before.0,
+            gpu.bind_groups() - before.1
+        );
         let metrics = StepMetrics {
             step: self.step,
             epoch,
