@@ -1,8 +1,13 @@
 // y = op(a, b) with broadcasting: strides are 0 where an operand is broadcast. OP numbers `Binary`.
-// Dimensions are innermost first; with VEC4 a thread makes four neighbours of the innermost one.
-#import index::thread_index
+// With A_REPEATS or B_REPEATS that of the innermost dimension is. Dimensions are innermost first; with VEC4 a thread makes four neighbours of the innermost one.
+#ifdef COLUMNS
+#import index::column_and_row
+#else
+#import index::{group_index, share}
+#endif
 
 #ifdef VEC4
+const LENGTH: u32 = 4u;
 alias V = vec4<f32>;
 #ifdef A16
 alias ElemA = vec4<f16>;
@@ -15,6 +20,7 @@ alias ElemB = vec4<f16>;
 alias ElemB = vec4<f32>;
 #endif
 #else
+const LENGTH: u32 = 1u;
 alias V = f32;
 #ifdef A16
 alias ElemA = f16;
@@ -29,7 +35,8 @@ alias ElemB = f32;
 #endif
 
 struct Params {
-    threads: u32,
+    vectors: u32,
+    chunk: u32,
     d0: u32, d1: u32, d2: u32, d3: u32, d4: u32, d5: u32,
     a0: u32, a1: u32, a2: u32, a3: u32, a4: u32, a5: u32,
     b0: u32, b1: u32, b2: u32, b3: u32, b4: u32, b5: u32,
@@ -41,24 +48,22 @@ struct Params {
 var<immediate> p: Params;
 
 fn load_a(i: u32) -> V {
-#ifdef VEC4
-    if p.a0 == 0u {
-        return V(f32(a[i >> 2u][i & 3u]));
-    }
-    return V(a[i >> 2u]);
-#else
+#ifndef VEC4
     return V(a[i]);
+#else ifdef A_REPEATS
+    return V(f32(a[i >> 2u][i & 3u]));
+#else
+    return V(a[i >> 2u]);
 #endif
 }
 
 fn load_b(i: u32) -> V {
-#ifdef VEC4
-    if p.b0 == 0u {
-        return V(f32(b[i >> 2u][i & 3u]));
-    }
-    return V(b[i >> 2u]);
-#else
+#ifndef VEC4
     return V(b[i]);
+#else ifdef B_REPEATS
+    return V(f32(b[i >> 2u][i & 3u]));
+#else
+    return V(b[i >> 2u]);
 #endif
 }
 
@@ -82,21 +87,25 @@ fn apply(u: V, v: V) -> V {
 #endif
 }
 
-@compute @workgroup_size(64)
-fn main(
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) local: u32,
-) {
-    let t = thread_index(group, groups, local, 64u);
-    if t >= p.threads {
+#ifdef COLUMNS
+// Rank 2: a thread walks down a column, so that nothing is divided.
+@compute @workgroup_size(#{WG})
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+    let width = p.d0 / LENGTH;
+    let at = column_and_row(group, local, #{LANES}u, #{WG}u, p.chunk);
+    if at.x >= width {
         return;
     }
-#ifdef VEC4
-    var i = t * 4u;
+    let end = min(at.y + p.chunk, p.d1);
+    for (var row = at.y; row < end; row++) {
+        let ia = at.x * LENGTH * p.a0 + row * p.a1;
+        let ib = at.x * LENGTH * p.b0 + row * p.b1;
+        y[row * width + at.x] = ElemA(apply(load_a(ia), load_b(ib)));
+    }
+}
 #else
-    var i = t;
-#endif
+fn element(t: u32) {
+    var i = t * LENGTH;
     var ia = 0u;
     var ib = 0u;
 #if RANK > 1
@@ -140,3 +149,16 @@ fn main(
 #endif
     y[t] = ElemA(apply(load_a(ia), load_b(ib)));
 }
+
+@compute @workgroup_size(#{WG})
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+) {
+    let own = share(group_index(group, groups), p.chunk, p.vectors);
+    for (var t = own.x + local; t < own.y; t += #{WG}u) {
+        element(t);
+    }
+}
+#endif

@@ -1,6 +1,6 @@
 // y = x in another element type, four elements a thread.
 // FROM and TO: 0 f32, 1 f16, 2 bf16 (two to a u32), 3 u32, 4 i32.
-#import index::thread_index
+#import index::{group_index, share}
 
 #if FROM == 0
 alias In = vec4<f32>;
@@ -28,6 +28,7 @@ alias Out = vec4<i32>;
 
 struct Params {
     vectors: u32,
+    chunk: u32,
 }
 
 @group(0) @binding(0) var<storage, read> x: array<In>;
@@ -41,28 +42,27 @@ fn bf16_bits(v: f32) -> u32 {
     return select(rounded, 0x7fc0u, (bits & 0x7fffffffu) > 0x7f800000u);
 }
 
-@compute @workgroup_size(64)
+@compute @workgroup_size(#{WG})
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) local: u32,
 ) {
-    let i = thread_index(group, groups, local, 64u);
-    if i >= p.vectors {
-        return;
-    }
-    let raw = x[i];
+    let own = share(group_index(group, groups), p.chunk, p.vectors);
+    for (var i = own.x + local; i < own.y; i += #{WG}u) {
+        let raw = x[i];
 #if FROM == 2
-    let v = bitcast<vec4<f32>>(vec4<u32>(raw.x << 16u, raw.x & 0xffff0000u, raw.y << 16u, raw.y & 0xffff0000u));
+        let v = bitcast<vec4<f32>>(vec4<u32>(raw.x << 16u, raw.x & 0xffff0000u, raw.y << 16u, raw.y & 0xffff0000u));
 #else if FROM > 2
-    let v = raw;
+        let v = raw;
 #else
-    let v = vec4<f32>(raw);
+        let v = vec4<f32>(raw);
 #endif
 #if TO == 2
-    let f = vec4<f32>(v);
-    y[i] = vec2<u32>(bf16_bits(f.x) | (bf16_bits(f.y) << 16u), bf16_bits(f.z) | (bf16_bits(f.w) << 16u));
+        let f = vec4<f32>(v);
+        y[i] = vec2<u32>(bf16_bits(f.x) | (bf16_bits(f.y) << 16u), bf16_bits(f.z) | (bf16_bits(f.w) << 16u));
 #else
-    y[i] = Out(v);
+        y[i] = Out(v);
 #endif
+    }
 }

@@ -1,5 +1,5 @@
 // y = x / (1 - p) where a hash of (seed, index) reaches the threshold, else 0.
-#import index::thread_index
+#import index::{group_index, share}
 
 #ifdef F16
 alias Elem4 = vec4<f16>;
@@ -9,6 +9,7 @@ alias Elem4 = vec4<f32>;
 
 struct Params {
     vectors: u32,
+    chunk: u32,
     seed_low: u32,
     seed_high: u32,
     threshold: u32,
@@ -26,17 +27,16 @@ fn pcg(input: vec4<u32>) -> vec4<u32> {
     return (word >> vec4<u32>(22u)) ^ word;
 }
 
-@compute @workgroup_size(64)
+@compute @workgroup_size(#{WG})
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) local: u32,
 ) {
-    let i = thread_index(group, groups, local, 64u);
-    if i >= p.vectors {
-        return;
+    let own = share(group_index(group, groups), p.chunk, p.vectors);
+    for (var i = own.x + local; i < own.y; i += #{WG}u) {
+        let index = vec4<u32>(4u * i) + vec4<u32>(0u, 1u, 2u, 3u);
+        let bits = pcg(pcg(pcg(index) ^ vec4<u32>(p.seed_low)) ^ vec4<u32>(p.seed_high));
+        y[i] = Elem4(select(vec4<f32>(0.0), vec4<f32>(x[i]) * p.scale, bits >= vec4<u32>(p.threshold)));
     }
-    let index = vec4<u32>(4u * i) + vec4<u32>(0u, 1u, 2u, 3u);
-    let bits = pcg(pcg(pcg(index) ^ vec4<u32>(p.seed_low)) ^ vec4<u32>(p.seed_high));
-    y[i] = Elem4(select(vec4<f32>(0.0), vec4<f32>(x[i]) * p.scale, bits >= vec4<u32>(p.threshold)));
 }

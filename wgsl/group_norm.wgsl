@@ -1,17 +1,21 @@
-// Group norm of channels-last x [batch, pixels, channels], statistics in f32. STAGE:
+// Group norm over channels-last x [batch, pixels, channels], statistics in f32; y = silu of it with SILU. STAGE:
 // 0: mean and sum of squared deviations of each channel over a chunk of pixels: [batch, chunks, 2, channels].
 // 1: mean and rstd of each group, spread over its channels: [batch, 2, channels]; a workgroup a group.
-// 2: y = (x − mean) rstd w + b.
-// 3: Σ dy x̂ and Σ dy of each channel over a chunk of pixels: [batch, chunks, 2, channels].
+// 2: y = x̂ w + b, x̂ = (x − mean) rstd.
+// 3: Σ g x̂ and Σ g of each channel over a chunk of pixels, g = dy or, with SILU, dy silu′(x̂ w + b):
+//    [batch, chunks, 2, channels].
 // 4: those over all pixels, and their weighted means over the group, spread over its channels:
 //    both [batch, 2, channels]; a workgroup a group.
-// 5: dx = rstd (dy w − mean(dy w) − x̂ mean(dy w x̂)).
-#import index::{group_index, thread_index}
+// 5: dx = rstd (g w − mean(g w) − x̂ mean(g w x̂)), added to `earlier` with ONTO.
+// In 0, 2, 3 and 5 a thread walks `chunk` pixels of one channel (or four).
 #if STAGE == 1
+#import index::group_index
 #import row_reduce::row_sum
-#endif
-#if STAGE == 4
+#else if STAGE == 4
+#import index::group_index
 #import row_reduce::row_sum
+#else
+#import index::column_and_row
 #endif
 
 #ifdef VEC4
@@ -48,27 +52,36 @@ var<immediate> p: Params;
 @group(0) @binding(0) var<storage, read> x: array<Stored>;
 @group(0) @binding(1) var<storage, read_write> moments: array<V>;
 
-@compute @workgroup_size(64)
+@compute @workgroup_size(#{WG})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
-    let channel = group.x * 64u + local;
-    if channel >= p.width {
+    let place = column_and_row(group, local, #{LANES}u, #{WG}u, p.chunk);
+    let channel = place.x;
+    let start = place.y;
+    if channel >= p.width || start >= p.pixels {
         return;
     }
-    let chunk = group.y;
-    let start = chunk * p.chunk;
     let end = min(p.pixels, start + p.chunk);
     let base = group.z * p.pixels * p.width + channel;
     // Deviations from the chunk's first value: exact enough also where the mean is large.
     let origin = V(x[base + start * p.width]);
     var sum = V(0.0);
     var squares = V(0.0);
-    for (var pixel = start; pixel < end; pixel++) {
+    // Four a turn: CPU drivers blend each sum with the execution mask once a turn.
+    var pixel = start;
+    for (; pixel + 4u <= end; pixel += 4u) {
+        for (var k = 0u; k < 4u; k++) {
+            let v = V(x[base + (pixel + k) * p.width]) - origin;
+            sum += v;
+            squares += v * v;
+        }
+    }
+    for (; pixel < end; pixel++) {
         let v = V(x[base + pixel * p.width]) - origin;
         sum += v;
         squares += v * v;
     }
     let count = f32(end - start);
-    let at = (group.z * p.chunks + chunk) * 2u * p.width + channel;
+    let at = (group.z * p.chunks + start / p.chunk) * 2u * p.width + channel;
     moments[at] = origin + sum / count;
     moments[at + p.width] = max(squares - sum * sum / count, V(0.0));
 }
@@ -97,18 +110,22 @@ fn main(
     let first = (index % p.groups) * size;
     let elements = f32(p.pixels) * f32(size);
     var sum = 0.0;
-    for (var i = local; i < p.chunks * size; i += #{WG}u) {
-        let chunk = i / size;
-        let at = (b * p.chunks + chunk) * 2u * p.width + first + i % size;
-        sum += moments[at] * pixels_of(chunk);
+    for (var chunk = local; chunk < p.chunks; chunk += #{WG}u) {
+        let at = (b * p.chunks + chunk) * 2u * p.width + first;
+        let count = pixels_of(chunk);
+        for (var i = 0u; i < size; i++) {
+            sum += moments[at + i] * count;
+        }
     }
     let mean = row_sum(sum, local) / elements;
     var squares = 0.0;
-    for (var i = local; i < p.chunks * size; i += #{WG}u) {
-        let chunk = i / size;
-        let at = (b * p.chunks + chunk) * 2u * p.width + first + i % size;
-        let off = moments[at] - mean;
-        squares += moments[at + p.width] + off * off * pixels_of(chunk);
+    for (var chunk = local; chunk < p.chunks; chunk += #{WG}u) {
+        let at = (b * p.chunks + chunk) * 2u * p.width + first;
+        let count = pixels_of(chunk);
+        for (var i = 0u; i < size; i++) {
+            let off = moments[at + i] - mean;
+            squares += moments[at + p.width + i] + off * off * count;
+        }
     }
     let rstd = 1.0 / sqrt(row_sum(squares, local) / elements + p.eps);
     for (var i = local; i < size; i += #{WG}u) {
@@ -124,58 +141,120 @@ fn main(
 @group(0) @binding(2) var<storage, read> weight: array<V>;
 @group(0) @binding(3) var<storage, read> bias: array<V>;
 @group(0) @binding(4) var<storage, read_write> y: array<Stored>;
-
-@compute @workgroup_size(64)
-fn main(
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) local: u32,
-) {
-    let i = thread_index(group, groups, local, 64u);
-    if i >= p.batch * p.pixels * p.width {
-        return;
-    }
-    let channel = i % p.width;
-    let at = i / (p.pixels * p.width) * 2u * p.width + channel;
-    var v = (V(x[i]) - statistics[at]) * statistics[at + p.width];
-    if p.has_weight != 0u {
-        v *= weight[channel];
-    }
-    if p.has_bias != 0u {
-        v += bias[channel];
-    }
-    y[i] = Stored(v);
-}
+#else if STAGE == 3
+@group(0) @binding(0) var<storage, read> x: array<Stored>;
+@group(0) @binding(1) var<storage, read> statistics: array<V>;
+@group(0) @binding(2) var<storage, read> weight: array<V>;
+@group(0) @binding(3) var<storage, read> bias: array<V>;
+@group(0) @binding(4) var<storage, read> dy: array<Stored>;
+@group(0) @binding(5) var<storage, read_write> partial_sums: array<V>;
+#else if STAGE == 5
+@group(0) @binding(0) var<storage, read> x: array<Stored>;
+@group(0) @binding(1) var<storage, read> statistics: array<V>;
+@group(0) @binding(2) var<storage, read> weight: array<V>;
+@group(0) @binding(3) var<storage, read> bias: array<V>;
+@group(0) @binding(4) var<storage, read> dy: array<Stored>;
+@group(0) @binding(5) var<storage, read> means: array<V>;
+@group(0) @binding(6) var<storage, read> earlier: array<Stored>;
+@group(0) @binding(7) var<storage, read_write> dx: array<Stored>;
 #endif
 
-#if STAGE == 3
-@group(0) @binding(0) var<storage, read> x: array<Stored>;
-@group(0) @binding(1) var<storage, read> dy: array<Stored>;
-@group(0) @binding(2) var<storage, read> statistics: array<V>;
-@group(0) @binding(3) var<storage, read_write> partial_sums: array<V>;
+#ifdef WALK
+// What a thread holds of its channel.
+struct Channel {
+    mean: V,
+    rstd: V,
+    weight: V,
+    bias: V,
+}
 
-@compute @workgroup_size(64)
+fn channel_of(image: u32, channel: u32) -> Channel {
+    let at = image * 2u * p.width + channel;
+    var held = Channel(statistics[at], statistics[at + p.width], V(1.0), V(0.0));
+    if p.has_weight != 0u {
+        held.weight = weight[channel];
+    }
+    if p.has_bias != 0u {
+        held.bias = bias[channel];
+    }
+    return held;
+}
+
+fn sigmoid(v: V) -> V {
+    return 1.0 / (1.0 + exp(-v));
+}
+
+// The gradient of what SILU was taken of.
+fn through(dy: V, normed: V, held: Channel) -> V {
+#ifdef SILU
+    let z = normed * held.weight + held.bias;
+    let s = sigmoid(z);
+    return dy * s * (1.0 + z * (1.0 - s));
+#else
+    return dy;
+#endif
+}
+
+@compute @workgroup_size(#{WG})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
-    let channel = group.x * 64u + local;
-    if channel >= p.width {
+    let place = column_and_row(group, local, #{LANES}u, #{WG}u, p.chunk);
+    let channel = place.x;
+    let start = place.y;
+    if channel >= p.width || start >= p.pixels {
         return;
     }
-    let chunk = group.y;
-    let end = min(p.pixels, (chunk + 1u) * p.chunk);
+    let held = channel_of(group.z, channel);
     let base = group.z * p.pixels * p.width + channel;
-    let mean = statistics[group.z * 2u * p.width + channel];
-    let rstd = statistics[(group.z * 2u + 1u) * p.width + channel];
+    let end = min(p.pixels, start + p.chunk);
+#if STAGE == 3
     var along = V(0.0);
     var sum = V(0.0);
-    for (var pixel = chunk * p.chunk; pixel < end; pixel++) {
+    // Two a turn, as above.
+    var pixel = start;
+    for (; pixel + 2u <= end; pixel += 2u) {
+        for (var k = 0u; k < 2u; k++) {
+            let at = base + (pixel + k) * p.width;
+            let normed = (V(x[at]) - held.mean) * held.rstd;
+            let g = through(V(dy[at]), normed, held);
+            along += g * normed;
+            sum += g;
+        }
+    }
+    if pixel < end {
         let at = base + pixel * p.width;
-        let g = V(dy[at]);
-        along += g * (V(x[at]) - mean) * rstd;
+        let normed = (V(x[at]) - held.mean) * held.rstd;
+        let g = through(V(dy[at]), normed, held);
+        along += g * normed;
         sum += g;
     }
-    let at = (group.z * p.chunks + chunk) * 2u * p.width + channel;
+    let at = (group.z * p.chunks + start / p.chunk) * 2u * p.width + channel;
     partial_sums[at] = along;
     partial_sums[at + p.width] = sum;
+#else
+#if STAGE == 5
+    let mean_along = means[group.z * 2u * p.width + channel];
+    let mean_g = means[(group.z * 2u + 1u) * p.width + channel];
+#endif
+    for (var pixel = start; pixel < end; pixel++) {
+        let at = base + pixel * p.width;
+        let normed = (V(x[at]) - held.mean) * held.rstd;
+#if STAGE == 2
+        let z = normed * held.weight + held.bias;
+#ifdef SILU
+        y[at] = Stored(z * sigmoid(z));
+#else
+        y[at] = Stored(z);
+#endif
+#else
+        let g = through(V(dy[at]), normed, held);
+        var result = held.rstd * (g * held.weight - mean_g - normed * mean_along);
+#ifdef ONTO
+        result += V(earlier[at]);
+#endif
+        dx[at] = Stored(result);
+#endif
+    }
+#endif
 }
 #endif
 
@@ -221,35 +300,5 @@ fn main(
         means[b * 2u * p.width + first + i] = along;
         means[(b * 2u + 1u) * p.width + first + i] = mean;
     }
-}
-#endif
-
-#if STAGE == 5
-@group(0) @binding(0) var<storage, read> x: array<Stored>;
-@group(0) @binding(1) var<storage, read> dy: array<Stored>;
-@group(0) @binding(2) var<storage, read> statistics: array<V>;
-@group(0) @binding(3) var<storage, read> weight: array<V>;
-@group(0) @binding(4) var<storage, read> means: array<V>;
-@group(0) @binding(5) var<storage, read_write> dx: array<Stored>;
-
-@compute @workgroup_size(64)
-fn main(
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) local: u32,
-) {
-    let i = thread_index(group, groups, local, 64u);
-    if i >= p.batch * p.pixels * p.width {
-        return;
-    }
-    let channel = i % p.width;
-    let at = i / (p.pixels * p.width) * 2u * p.width + channel;
-    let rstd = statistics[at + p.width];
-    let normed = (V(x[i]) - statistics[at]) * rstd;
-    var g = V(dy[i]);
-    if p.has_weight != 0u {
-        g *= weight[channel];
-    }
-    dx[i] = Stored(rstd * (g - means[at + p.width] - normed * means[at]));
 }
 #endif

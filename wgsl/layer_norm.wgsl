@@ -1,9 +1,12 @@
 // Layer norm and (with RMS) RMS norm over the last dimension; statistics in f32. STAGE:
-// 0: y = x̂ w + b, x̂ = (x − mean) rstd; a workgroup a row.
-// 1: dx = rstd (g − mean(g) − x̂ mean(g x̂)), g = dy w; a workgroup a row; keeps (mean, rstd).
-// 2: Σ dy x̂ and Σ dy over a chunk of rows; a thread a column: [chunks, 2, width].
+// 0: y = x̂ w + b, x̂ = (x − mean) rstd.
+// 1: dx = rstd (g − mean(g) − x̂ mean(g x̂)), g = dy w, added to `earlier` with ONTO. With SUMS also Σ dy x̂ and Σ dy over
+//    the workgroup's rows, [workgroups, 2, width]; without HELD each row's mean and rstd.
+// 2: Σ dy x̂ and Σ dy over a chunk of rows from those; a thread a column: [chunks, 2, width].
 // 3: sums of [chunks, columns] over the chunks.
-#import index::{group_index, thread_index}
+// In 0 and 1 a workgroup takes `chunk` rows. With HELD a thread keeps its HELD vectors of a row in registers, else it reads
+// them again; WHOLE rows are HELD · WG wide.
+#import index::{group_index, share, thread_index}
 #if STAGE < 2
 #import row_reduce::row_sum
 #endif
@@ -36,8 +39,6 @@ struct Params {
     width: u32,
     elements: f32,
     eps: f32,
-    has_weight: u32,
-    has_bias: u32,
     chunk: u32,
     chunks: u32,
 }
@@ -53,8 +54,14 @@ var<immediate> p: Params;
 @group(0) @binding(0) var<storage, read> x: array<Stored>;
 @group(0) @binding(1) var<storage, read> weight: array<V>;
 @group(0) @binding(2) var<storage, read> dy: array<Stored>;
-@group(0) @binding(3) var<storage, read_write> dx: array<Stored>;
-@group(0) @binding(4) var<storage, read_write> statistics: array<vec2<f32>>;
+@group(0) @binding(3) var<storage, read> earlier: array<Stored>;
+@group(0) @binding(4) var<storage, read_write> dx: array<Stored>;
+#ifdef SUMS
+@group(0) @binding(5) var<storage, read_write> partial_sums: array<V>;
+#endif
+#ifndef HELD
+@group(0) @binding(5) var<storage, read_write> statistics: array<vec2<f32>>;
+#endif
 #endif
 #if STAGE == 2
 @group(0) @binding(0) var<storage, read> x: array<Stored>;
@@ -68,20 +75,58 @@ var<immediate> p: Params;
 #endif
 
 #if STAGE < 2
+#ifdef HELD
+var<private> held_x: array<V, #{HELD}>;
+#if STAGE == 1
+var<private> held_dy: array<V, #{HELD}>;
+#endif
+#endif
+
+// Vectors of a row that a thread has, the last perhaps outside.
+fn steps() -> u32 {
+#ifdef HELD
+    return #{HELD}u;
+#else
+    return (p.width + #{WG}u - 1u) / #{WG}u;
+#endif
+}
+
+fn inside(i: u32) -> bool {
+#ifdef WHOLE
+    return true;
+#else
+    return i < p.width;
+#endif
+}
+
+fn x_at(at: u32, k: u32) -> V {
+#ifdef HELD
+    return held_x[k];
+#else
+    return V(x[at]);
+#endif
+}
+
 // Mean and reciprocal standard deviation of the row at `base`.
 fn row_statistics(base: u32, local: u32) -> vec2<f32> {
     var mean = 0.0;
 #ifndef RMS
     var sum = V(0.0);
-    for (var i = local; i < p.width; i += #{WG}u) {
-        sum += V(x[base + i]);
+    for (var k = 0u; k < steps(); k++) {
+        let i = k * #{WG}u + local;
+        if inside(i) {
+            sum += x_at(base + i, k);
+        }
     }
     mean = row_sum(total(sum), local) / p.elements;
 #endif
     var squares = V(0.0);
-    for (var i = local; i < p.width; i += #{WG}u) {
-        let centred = V(x[base + i]) - mean;
-        squares += centred * centred;
+    for (var k = 0u; k < steps(); k++) {
+        let i = k * #{WG}u + local;
+        if inside(i) {
+            let centred = x_at(base + i, k) - mean;
+            squares += centred * centred;
+        }
     }
     let variance = row_sum(total(squares), local) / p.elements;
     return vec2<f32>(mean, 1.0 / sqrt(variance + p.eps));
@@ -93,49 +138,111 @@ fn main(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) local: u32,
 ) {
-    let row = group_index(group, groups);
-    if row >= p.rows {
-        return;
+    let index = group_index(group, groups);
+    let own = share(index, p.chunk, p.rows);
+#ifdef SUMS
+    var sum_along: array<V, #{HELD}>;
+    var sum_dy: array<V, #{HELD}>;
+    for (var k = 0u; k < #{HELD}u; k++) {
+        sum_along[k] = V(0.0);
+        sum_dy[k] = V(0.0);
     }
-    let base = row * p.width;
-    let s = row_statistics(base, local);
-#if STAGE == 0
-    for (var i = local; i < p.width; i += #{WG}u) {
-        var v = (V(x[base + i]) - s.x) * s.y;
-        if p.has_weight != 0u {
-            v *= weight[i];
-        }
-        if p.has_bias != 0u {
-            v += bias[i];
-        }
-        y[base + i] = Stored(v);
-    }
-#else
-    var along = V(0.0);
-    var sum = V(0.0);
-    for (var i = local; i < p.width; i += #{WG}u) {
-        var g = V(dy[base + i]);
-        if p.has_weight != 0u {
-            g *= weight[i];
-        }
-        along += g * (V(x[base + i]) - s.x) * s.y;
-        sum += g;
-    }
-    let mean_along = row_sum(total(along), local) / p.elements;
-    var mean_g = 0.0;
-#ifndef RMS
-    mean_g = row_sum(total(sum), local) / p.elements;
 #endif
-    for (var i = local; i < p.width; i += #{WG}u) {
-        var g = V(dy[base + i]);
-        if p.has_weight != 0u {
-            g *= weight[i];
+    for (var row = own.x; row < own.y; row++) {
+        let base = row * p.width;
+#ifdef HELD
+        for (var k = 0u; k < #{HELD}u; k++) {
+            let i = k * #{WG}u + local;
+            if inside(i) {
+                held_x[k] = V(x[base + i]);
+#if STAGE == 1
+                held_dy[k] = V(dy[base + i]);
+#endif
+            }
         }
-        let normed = (V(x[base + i]) - s.x) * s.y;
-        dx[base + i] = Stored(s.y * (g - mean_g - normed * mean_along));
+#endif
+        let s = row_statistics(base, local);
+#if STAGE == 0
+        for (var k = 0u; k < steps(); k++) {
+            let i = k * #{WG}u + local;
+            if inside(i) {
+                var v = (x_at(base + i, k) - s.x) * s.y;
+#ifdef WEIGHT
+                v *= weight[i];
+#endif
+#ifdef BIAS
+                v += bias[i];
+#endif
+                y[base + i] = Stored(v);
+            }
+        }
+#else
+        var along = V(0.0);
+        var sum = V(0.0);
+        for (var k = 0u; k < steps(); k++) {
+            let i = k * #{WG}u + local;
+            if inside(i) {
+                let normed = (x_at(base + i, k) - s.x) * s.y;
+#ifdef HELD
+                var g = held_dy[k];
+#else
+                var g = V(dy[base + i]);
+#endif
+#ifdef SUMS
+                sum_along[k] += g * normed;
+                sum_dy[k] += g;
+#endif
+#ifdef WEIGHT
+                g *= weight[i];
+#endif
+#ifdef HELD
+                held_x[k] = normed;
+                held_dy[k] = g;
+#endif
+                along += g * normed;
+                sum += g;
+            }
+        }
+        let mean_along = row_sum(total(along), local) / p.elements;
+        var mean_g = 0.0;
+#ifndef RMS
+        mean_g = row_sum(total(sum), local) / p.elements;
+#endif
+        for (var k = 0u; k < steps(); k++) {
+            let i = k * #{WG}u + local;
+            if inside(i) {
+#ifdef HELD
+                var result = s.y * (held_dy[k] - mean_g - held_x[k] * mean_along);
+#else
+                var g = V(dy[base + i]);
+#ifdef WEIGHT
+                g *= weight[i];
+#endif
+                let normed = (V(x[base + i]) - s.x) * s.y;
+                var result = s.y * (g - mean_g - normed * mean_along);
+#endif
+#ifdef ONTO
+                result += V(earlier[base + i]);
+#endif
+                dx[base + i] = Stored(result);
+            }
+        }
+#ifndef HELD
+        if local == 0u {
+            statistics[row] = s;
+        }
+#endif
+#endif
     }
-    if local == 0u {
-        statistics[row] = s;
+#ifdef SUMS
+    if own.x < own.y {
+        for (var k = 0u; k < #{HELD}u; k++) {
+            let i = k * #{WG}u + local;
+            if inside(i) {
+                partial_sums[index * 2u * p.width + i] = sum_along[k];
+                partial_sums[(index * 2u + 1u) * p.width + i] = sum_dy[k];
+            }
+        }
     }
 #endif
 }
@@ -145,21 +252,20 @@ fn main(
 @compute @workgroup_size(64)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
     let column = group.x * 64u + local;
-    let chunk = group.y;
     if column >= p.width {
         return;
     }
     var along = V(0.0);
     var sum = V(0.0);
-    let end = min(p.rows, (chunk + 1u) * p.chunk);
-    for (var row = chunk * p.chunk; row < end; row++) {
+    let own = share(group.y, p.chunk, p.rows);
+    for (var row = own.x; row < own.y; row++) {
         let s = statistics[row];
         let g = V(dy[row * p.width + column]);
         along += g * (V(x[row * p.width + column]) - s.x) * s.y;
         sum += g;
     }
-    partial_sums[(chunk * 2u) * p.width + column] = along;
-    partial_sums[(chunk * 2u + 1u) * p.width + column] = sum;
+    partial_sums[(group.y * 2u) * p.width + column] = along;
+    partial_sums[(group.y * 2u + 1u) * p.width + column] = sum;
 }
 #endif
 

@@ -1,51 +1,82 @@
-// Rotary embedding, half rotation: dimension i of a head turns with dimension i + half.
-#import index::thread_index
+// Rotary embedding, half rotation: dimension i of a head turns with dimension i + half. Queries and, with PAIR, keys of the
+// same tokens; a workgroup takes `chunk` tokens. HALF is half a head's dimensions in units of V.
+#import index::{group_index, share}
 
+#ifdef VEC4
+alias V = vec4<f32>;
 #ifdef F16
-alias Elem = f16;
+alias Stored = vec4<f16>;
 #else
-alias Elem = f32;
+alias Stored = vec4<f32>;
+#endif
+#else
+alias V = f32;
+#ifdef F16
+alias Stored = f16;
+#else
+alias Stored = f32;
+#endif
 #endif
 
 struct Params {
-    pairs: u32,
+    // Of the batch.
+    rows: u32,
+    // Of a sample.
     tokens: u32,
-    heads: u32,
-    half_dim: u32,
+    q_heads: u32,
+    k_heads: u32,
     // cos and sin are shared by the batch.
     shared_angles: u32,
     // −1 turns back: the backward.
     direction: f32,
+    chunk: u32,
 }
 
-@group(0) @binding(0) var<storage, read> x: array<Elem>;
-@group(0) @binding(1) var<storage, read> cosine: array<f32>;
-@group(0) @binding(2) var<storage, read> sine: array<f32>;
-@group(0) @binding(3) var<storage, read_write> y: array<Elem>;
+@group(0) @binding(0) var<storage, read> cosine: array<V>;
+@group(0) @binding(1) var<storage, read> sine: array<V>;
+@group(0) @binding(2) var<storage, read> q: array<Stored>;
+@group(0) @binding(3) var<storage, read_write> turned_q: array<Stored>;
+#ifdef PAIR
+@group(0) @binding(4) var<storage, read> k: array<Stored>;
+@group(0) @binding(5) var<storage, read_write> turned_k: array<Stored>;
+#endif
 var<immediate> p: Params;
 
-@compute @workgroup_size(64)
+// Threads stand side by side along half a head, and where it is shorter than the workgroup, by heads.
+const BY_HEADS: u32 = max(#{WG}u / #{HALF}u, 1u);
+
+@compute @workgroup_size(#{WG})
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) local: u32,
 ) {
-    let pair = thread_index(group, groups, local, 64u);
-    if pair >= p.pairs {
+    let own = share(group_index(group, groups), p.chunk, p.rows);
+    let first_head = local / #{HALF}u;
+    if first_head >= BY_HEADS {
         return;
     }
-    let i = pair % p.half_dim;
-    let head = pair / p.half_dim;
-    var token = head / p.heads;
-    if p.shared_angles != 0u {
-        token %= p.tokens;
+    for (var row = own.x; row < own.y; row++) {
+        let angles = select(row, row % p.tokens, p.shared_angles != 0u) * #{HALF}u;
+        for (var i = local % #{HALF}u; i < #{HALF}u; i += #{WG}u) {
+            let c = cosine[angles + i];
+            let s = sine[angles + i] * p.direction;
+            for (var head = first_head; head < p.q_heads; head += BY_HEADS) {
+                let low = (row * p.q_heads + head) * #{HALF}u * 2u + i;
+                let a = V(q[low]);
+                let b = V(q[low + #{HALF}u]);
+                turned_q[low] = Stored(a * c - b * s);
+                turned_q[low + #{HALF}u] = Stored(b * c + a * s);
+            }
+#ifdef PAIR
+            for (var head = first_head; head < p.k_heads; head += BY_HEADS) {
+                let low = (row * p.k_heads + head) * #{HALF}u * 2u + i;
+                let a = V(k[low]);
+                let b = V(k[low + #{HALF}u]);
+                turned_k[low] = Stored(a * c - b * s);
+                turned_k[low + #{HALF}u] = Stored(b * c + a * s);
+            }
+#endif
+        }
     }
-    let c = cosine[token * p.half_dim + i];
-    let s = sine[token * p.half_dim + i] * p.direction;
-    let low = head * 2u * p.half_dim + i;
-    let high = low + p.half_dim;
-    let a = f32(x[low]);
-    let b = f32(x[high]);
-    y[low] = Elem(a * c - b * s);
-    y[high] = Elem(b * c + a * s);
 }

@@ -1,6 +1,6 @@
-// y = f(x), or dx = dy * f'(x) with BACKWARD; four elements a thread.
+// y = f(x), or dx = dy * f'(x) with BACKWARD. FUNCTION numbers `Unary`.
 #import activation::{activation, activation_slope}
-#import index::thread_index
+#import index::{group_index, share}
 
 #ifdef F16
 alias Elem4 = vec4<f16>;
@@ -9,8 +9,8 @@ alias Elem4 = vec4<f32>;
 #endif
 
 struct Params {
-    elements: u32,
-    function: u32,
+    vectors: u32,
+    chunk: u32,
     a: f32,
     b: f32,
 }
@@ -22,24 +22,26 @@ struct Params {
 #endif
 var<immediate> p: Params;
 
-@compute @workgroup_size(64)
+@compute @workgroup_size(#{WG})
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) local: u32,
 ) {
-    let i = thread_index(group, groups, local, 64u);
-    if i * 4u >= p.elements {
-        return;
-    }
-    let v = vec4<f32>(x[i]);
-    var r: vec4<f32>;
-    for (var c = 0u; c < 4u; c++) {
+    let own = share(group_index(group, groups), p.chunk, p.vectors);
+    for (var i = own.x + local; i < own.y; i += #{WG}u) {
+        let v = vec4<f32>(x[i]);
 #ifdef BACKWARD
-        r[c] = activation_slope(p.function, p.a, p.b, v[c]) * f32(dy[i][c]);
-#else
-        r[c] = activation(p.function, p.a, p.b, v[c]);
+        let d = vec4<f32>(dy[i]);
 #endif
+        var r: vec4<f32>;
+        for (var c = 0u; c < 4u; c++) {
+#ifdef BACKWARD
+            r[c] = activation_slope(#{FUNCTION}u, p.a, p.b, v[c]) * d[c];
+#else
+            r[c] = activation(#{FUNCTION}u, p.a, p.b, v[c]);
+#endif
+        }
+        y[i] = Elem4(r);
     }
-    y[i] = Elem4(r);
 }

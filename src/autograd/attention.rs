@@ -1,6 +1,7 @@
 //! Attention, its taps and its capture on [`Var`].
 
 use super::Var;
+use super::var::Earlier;
 use crate::ops::attention::{self as op, AttentionMask, AttentionShape};
 use crate::ops::attention_tap::{AttentionTap, attention_mean_probs, attention_tap};
 use crate::tensor::Tensor;
@@ -65,7 +66,10 @@ fn node(
         .collect();
     let outputs: Vec<Tensor> = std::iter::once(out.clone()).chain(probs.clone()).collect();
     let (taps, mask) = (taps.to_vec(), mask.clone());
-    let backward = move |upstream: &[Option<Tensor>], _: &[bool], _: &mut super::Gradients| {
+    let backward = move |upstream: &[Option<Tensor>],
+                         _: &[bool],
+                         _: &mut Earlier,
+                         _: &mut super::Gradients| {
         let tapped: Vec<(&AttentionTap, &Tensor, &Tensor)> = taps
             .iter()
             .zip(&probs)

@@ -1,6 +1,6 @@
 //! Activation checkpointing: forget a block's activations, recompute them in the backward.
 
-use super::var::{backward_into, no_grad, recording, with_recording};
+use super::var::{Earlier, backward_into, no_grad, recording, with_recording};
 use super::{Gradients, Var};
 use crate::tensor::Tensor;
 
@@ -16,7 +16,10 @@ pub fn checkpoint(inputs: &[Var], f: impl Fn(&[Var]) -> Vec<Var> + 'static) -> V
     let outputs = no_grad(|| f(inputs));
     let outputs = outputs.iter().map(|v| v.value().clone()).collect();
     let parents: Vec<&Var> = inputs.iter().collect();
-    let backward = move |upstream: &[Option<Tensor>], needs: &[bool], outer: &mut Gradients| {
+    let backward = move |upstream: &[Option<Tensor>],
+                         needs: &[bool],
+                         _: &mut Earlier,
+                         outer: &mut Gradients| {
         let inputs: Vec<Var> = values
             .into_iter()
             .zip(needs)

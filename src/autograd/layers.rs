@@ -1,20 +1,21 @@
 //! Products, convolutions, norms and losses on [`Var`].
 
-use super::Var;
-use super::var::recording;
+use super::var::{Earlier, recording};
+use super::{Gradients, Var};
 use crate::ops::binary::{Binary, binary, broadcast_to};
 use crate::ops::cast::cast;
 use crate::ops::conv2d::{Conv2dOptions, conv2d, conv2d_grad_input, conv2d_grad_weight};
 use crate::ops::cross_entropy::{CrossEntropy, cross_entropy, cross_entropy_backward};
 use crate::ops::embedding::{embedding, embedding_backward};
-use crate::ops::group_norm::{group_norm, group_norm_backward};
+use crate::ops::geglu::{geglu, geglu_backward};
+use crate::ops::group_norm::{GroupNorm, group_norm, group_norm_backward};
 use crate::ops::layer_norm::{layer_norm, layer_norm_backward};
 use crate::ops::linear_cross_entropy::{LinearCrossEntropy, linear_cross_entropy};
 use crate::ops::matmul::{MatmulOptions, matmul, matmul_quantized};
 use crate::ops::reduce::{Reduce, reduce, reduce_as};
 use crate::ops::resize_bilinear::{resize_bilinear, resize_bilinear_backward};
 use crate::ops::rms_norm::{rms_norm, rms_norm_backward};
-use crate::ops::rotary::{rotary, rotary_backward};
+use crate::ops::rotary::{rotary, rotary_backward, rotary_pair, rotary_pair_backward};
 use crate::ops::softmax::{softmax, softmax_backward};
 use crate::ops::swiglu::{swiglu as swiglu_op, swiglu_backward};
 use crate::ops::unary::{Unary, unary};
@@ -64,43 +65,53 @@ impl Var {
 
     /// self [.., in] · weightᵀ + bias, weight [out, in], bias f32 `[out]`.
     pub fn linear(&self, weight: &Var, bias: Option<&Var>) -> Var {
+        self.linear_onto(weight, bias, None)
+    }
+
+    /// [`Var::linear`] + `onto` [.., out] where given, in one kernel.
+    pub fn linear_onto(&self, weight: &Var, bias: Option<&Var>, onto: Option<&Var>) -> Var {
         let (x, w) = (self.value().clone(), weight.value().clone());
-        let options = MatmulOptions {
-            trans_b: true,
-            bias: bias.map(Var::value),
-            ..Default::default()
-        };
-        let y = matmul(&x, &w, &options);
-        let parents: Vec<&Var> = [self, weight].into_iter().chain(bias).collect();
-        Var::from_op("linear", y, &parents, move |dy, needs| {
-            let dx = needs[0].then(|| matmul(dy, &w, &MatmulOptions::default()));
+        let y = matmul(&x, &w, &linear_options(bias, onto));
+        let has_bias = bias.is_some();
+        let added = bias.into_iter().chain(onto);
+        let parents: Vec<&Var> = [self, weight].into_iter().chain(added).collect();
+        Var::from_accumulating_op("linear", y, &parents, move |dy, needs, earlier| {
+            let dx = needs[0].then(|| {
+                let earlier = earlier[0].take();
+                matmul(dy, &w, &on_top_of(earlier.as_ref()))
+            });
             let dw = needs[1].then(|| grad_right(&x, dy, &w, true));
             let mut grads = vec![dx, dw];
-            if let Some(&needed) = needs.get(2) {
-                grads.push(needed.then(|| sum_rows(dy)));
-            }
+            grads.extend(added_gradients(has_bias, dy, &needs[2..]));
             grads
         })
     }
 
-    /// [`Var::linear`] with a quantised weight, which is frozen.
-    pub fn linear_quantized(&self, weight: &QuantizedMatrix, bias: Option<&Var>) -> Var {
+    /// [`Var::linear_onto`] with a quantised weight, which is frozen.
+    pub fn linear_quantized(
+        &self,
+        weight: &QuantizedMatrix,
+        bias: Option<&Var>,
+        onto: Option<&Var>,
+    ) -> Var {
         let w = weight.clone();
-        let options = MatmulOptions {
-            trans_b: true,
-            bias: bias.map(Var::value),
-            ..Default::default()
-        };
-        let y = matmul_quantized(self.value(), &w, &options);
-        let parents: Vec<&Var> = [self].into_iter().chain(bias).collect();
-        Var::from_op("linear_quantized", y, &parents, move |dy, needs| {
-            let dx = needs[0].then(|| matmul_quantized(dy, &w, &MatmulOptions::default()));
-            let mut grads = vec![dx];
-            if let Some(&needed) = needs.get(1) {
-                grads.push(needed.then(|| sum_rows(dy)));
-            }
-            grads
-        })
+        let y = matmul_quantized(self.value(), &w, &linear_options(bias, onto));
+        let has_bias = bias.is_some();
+        let parents: Vec<&Var> = [self].into_iter().chain(bias).chain(onto).collect();
+        Var::from_accumulating_op(
+            "linear_quantized",
+            y,
+            &parents,
+            move |dy, needs, earlier| {
+                let dx = needs[0].then(|| {
+                    let earlier = earlier[0].take();
+                    matmul_quantized(dy, &w, &on_top_of(earlier.as_ref()))
+                });
+                let mut grads = vec![dx];
+                grads.extend(added_gradients(has_bias, dy, &needs[1..]));
+                grads
+            },
+        )
     }
 
     /// Channels-last convolution: self [B, H, W, Ci], weight [kh, kw, Ci, Co], bias f32 `[Co]`.
@@ -123,8 +134,10 @@ impl Var {
     pub fn layer_norm(&self, weight: &Var, bias: &Var, eps: f32) -> Var {
         let (x, w) = (self.value().clone(), weight.value().clone());
         let y = layer_norm(&x, Some(&w), Some(bias.value()), eps);
-        Var::from_op("layer_norm", y, &[self, weight, bias], move |dy, needs| {
-            let g = layer_norm_backward(&x, Some(&w), dy, eps, needs[1] || needs[2]);
+        let parents = [self, weight, bias];
+        Var::from_accumulating_op("layer_norm", y, &parents, move |dy, needs, earlier| {
+            let (onto, affine) = (earlier[0].take(), needs[1] || needs[2]);
+            let g = layer_norm_backward(&x, Some(&w), dy, onto.as_ref(), eps, affine);
             vec![Some(g.dx), g.dweight, g.dbias]
         })
     }
@@ -133,32 +146,64 @@ impl Var {
     pub fn rms_norm(&self, weight: &Var, eps: f32) -> Var {
         let (x, w) = (self.value().clone(), weight.value().clone());
         let y = rms_norm(&x, Some(&w), eps);
-        Var::from_op("rms_norm", y, &[self, weight], move |dy, needs| {
-            let g = rms_norm_backward(&x, Some(&w), dy, eps, needs[1]);
+        Var::from_accumulating_op("rms_norm", y, &[self, weight], move |dy, needs, earlier| {
+            let onto = earlier[0].take();
+            let g = rms_norm_backward(&x, Some(&w), dy, onto.as_ref(), eps, needs[1]);
             vec![Some(g.dx), g.dweight]
         })
     }
 
     /// Group norm over channels-last self [B, .., C]; weight, bias f32 `[C]`.
     pub fn group_norm(&self, groups: usize, weight: &Var, bias: &Var, eps: f32) -> Var {
-        let (x, w) = (self.value().clone(), weight.value().clone());
-        let y = group_norm(&x, groups, Some(&w), Some(bias.value()), eps);
-        Var::from_op("group_norm", y, &[self, weight, bias], move |dy, needs| {
-            let affine = needs[1] || needs[2];
-            let g = group_norm_backward(&x, groups, Some(&w), dy, eps, affine);
-            vec![Some(g.dx), g.dweight, g.dbias]
-        })
+        self.normed_by_group(groups, Some([weight, bias]), eps, false)
+    }
+
+    /// x·σ(x) of [`Var::group_norm`].
+    pub fn group_norm_silu(&self, groups: usize, weight: &Var, bias: &Var, eps: f32) -> Var {
+        self.normed_by_group(groups, Some([weight, bias]), eps, true)
     }
 
     /// Instance norm without affine over channels-last self [B, .., C] (biased variance).
     pub fn instance_norm(&self, eps: f32) -> Var {
+        self.normed_by_group(self.value().last_dim(), None, eps, false)
+    }
+
+    fn normed_by_group(
+        &self,
+        groups: usize,
+        affine: Option<[&Var; 2]>,
+        eps: f32,
+        silu: bool,
+    ) -> Var {
         let x = self.value().clone();
-        let channels = x.last_dim();
-        let y = group_norm(&x, channels, None, None, eps);
-        Var::from_op("instance_norm", y, &[self], move |dy, _| {
-            vec![Some(
-                group_norm_backward(&x, channels, None, dy, eps, false).dx,
-            )]
+        let values = affine.map(|vars| vars.map(|v| v.value().clone()));
+        fn norm(
+            values: &Option<[Tensor; 2]>,
+            groups: usize,
+            eps: f32,
+            silu: bool,
+        ) -> GroupNorm<'_> {
+            GroupNorm {
+                groups,
+                weight: values.as_ref().map(|v| &v[0]),
+                bias: values.as_ref().map(|v| &v[1]),
+                eps,
+                silu,
+            }
+        }
+        let (y, statistics) = group_norm(&x, &norm(&values, groups, eps, silu));
+        let parents: Vec<&Var> = [self]
+            .into_iter()
+            .chain(affine.into_iter().flatten())
+            .collect();
+        Var::from_accumulating_op("group_norm", y, &parents, move |dy, needs, earlier| {
+            let onto = earlier[0].take();
+            let wanted = needs[1..].contains(&true);
+            let norm = norm(&values, groups, eps, silu);
+            let g = group_norm_backward(&x, &statistics, dy, onto.as_ref(), &norm, wanted);
+            let mut grads = vec![Some(g.dx), g.dweight, g.dbias];
+            grads.truncate(needs.len());
+            grads
         })
     }
 
@@ -168,6 +213,14 @@ impl Var {
         let saved = y.clone();
         Var::from_op("softmax", y, &[self], move |dy, _| {
             vec![Some(softmax_backward(&saved, dy))]
+        })
+    }
+
+    /// GEGLU of self [.., 2·N]: the first half times GELU of the second, [.., N].
+    pub fn geglu(&self) -> Var {
+        let x = self.value().clone();
+        Var::from_op("geglu", geglu(&x), &[self], move |dy, _| {
+            vec![Some(geglu_backward(&x, dy))]
         })
     }
 
@@ -183,10 +236,34 @@ impl Var {
     /// Rotary position embedding of self [B, T, heads·D] by half rotation; cos, sin f32 [B or 1, T, D/2].
     pub fn rotary(&self, cos: &Tensor, sin: &Tensor, heads: usize) -> Var {
         let (cos, sin) = (cos.clone(), sin.clone());
-        let y = rotary(self.value(), &cos, &sin, heads);
+        let y = rotary(self.value(), [&cos, &sin], heads);
         Var::from_op("rotary", y, &[self], move |dy, _| {
-            vec![Some(rotary_backward(dy, &cos, &sin, heads))]
+            vec![Some(rotary_backward(dy, [&cos, &sin], heads))]
         })
+    }
+
+    /// [`Var::rotary`] of queries and keys, each with its number of heads, in one kernel.
+    pub fn rotary_pair(x: [&Var; 2], cos: &Tensor, sin: &Tensor, heads: [usize; 2]) -> [Var; 2] {
+        let (cos, sin) = (cos.clone(), sin.clone());
+        let y = rotary_pair(x.map(Var::value), [&cos, &sin], heads);
+        let backward =
+            move |dy: &[Option<Tensor>], _: &[bool], _: &mut Earlier, _: &mut Gradients| {
+                let angles = [&cos, &sin];
+                match dy {
+                    [Some(dq), Some(dk)] => rotary_pair_backward([dq, dk], angles, heads)
+                        .map(Some)
+                        .to_vec(),
+                    _ => {
+                        let back = |(dy, heads): (&Option<Tensor>, usize)| {
+                            dy.as_ref().map(|dy| rotary_backward(dy, angles, heads))
+                        };
+                        dy.iter().zip(heads).map(back).collect()
+                    }
+                }
+            };
+        let mut turned =
+            Var::from_multi_op("rotary", y.to_vec(), &x, false, Box::new(backward)).into_iter();
+        std::array::from_fn(|_| turned.next().expect("one output each"))
     }
 
     /// Nearest-neighbour doubling of self [B, H, W, C].
@@ -245,6 +322,35 @@ impl Var {
             },
         )
     }
+}
+
+/// How a linear layer multiplies: x·wᵀ + bias + onto.
+fn linear_options<'a>(bias: Option<&'a Var>, onto: Option<&'a Var>) -> MatmulOptions<'a> {
+    MatmulOptions {
+        trans_b: true,
+        bias: bias.map(Var::value),
+        residual: onto.map(Var::value),
+        ..Default::default()
+    }
+}
+
+/// A product added to what its place has already.
+fn on_top_of(earlier: Option<&Tensor>) -> MatmulOptions<'_> {
+    MatmulOptions {
+        residual: earlier,
+        ..Default::default()
+    }
+}
+
+/// Gradients of what a linear layer adds to its product: the bias where it has one, then the rest.
+fn added_gradients(has_bias: bool, dy: &Tensor, needs: &[bool]) -> Vec<Option<Tensor>> {
+    let gradient = |(i, &needed): (usize, &bool)| {
+        needed.then(|| match has_bias && i == 0 {
+            true => sum_rows(dy),
+            false => dy.clone(),
+        })
+    };
+    needs.iter().enumerate().map(gradient).collect()
 }
 
 /// Gradient of the right operand: aᵀ·dy, or dyᵀ·a where it was transposed; batches that shared an

@@ -9,8 +9,14 @@ use crate::ops::binary::{Binary, binary};
 use crate::tensor::{DType, Tensor};
 
 /// Upstream gradients (one per output, `None` where nothing depends on it) and which parents need
-/// one; returns one gradient per parent. Gradients of leaves met inside go to the third argument.
-type Backward = Box<dyn FnOnce(&[Option<Tensor>], &[bool], &mut Gradients) -> Vec<Option<Tensor>>>;
+/// one; returns one gradient per parent. Gradients of leaves met inside go to the last argument.
+type Backward = Box<
+    dyn FnOnce(&[Option<Tensor>], &[bool], &mut Earlier, &mut Gradients) -> Vec<Option<Tensor>>,
+>;
+
+/// The gradients that an op's parents have from other ops by the time its backward runs. A backward that takes one out
+/// returns its own gradient with that added, for which it needs no kernel of its own.
+pub(super) type Earlier = [Option<Tensor>];
 
 /// A parent node with the index of the output used; `None` for a constant.
 type Parent = Option<(Rc<Node>, usize)>;
@@ -178,12 +184,22 @@ impl Var {
         parents: &[&Var],
         backward: impl FnOnce(&Tensor, &[bool]) -> Vec<Option<Tensor>> + 'static,
     ) -> Var {
+        Var::from_accumulating_op(op, value, parents, move |dy, needs, _| backward(dy, needs))
+    }
+
+    /// [`Var::from_op`] whose backward may add to gradients that are there already.
+    pub(super) fn from_accumulating_op(
+        op: &'static str,
+        value: Tensor,
+        parents: &[&Var],
+        backward: impl FnOnce(&Tensor, &[bool], &mut Earlier) -> Vec<Option<Tensor>> + 'static,
+    ) -> Var {
         watch("", op, &[&value]);
         if !recording() || parents.iter().all(|p| p.node.is_none()) {
             return Var::constant(value);
         }
-        let run: Backward = Box::new(move |grads, needs, _| match &grads[0] {
-            Some(dy) => backward(dy, needs),
+        let run: Backward = Box::new(move |grads, needs, earlier, _| match &grads[0] {
+            Some(dy) => backward(dy, needs, earlier),
             None => vec![None; needs.len()],
         });
         let node = Var::node(op, 1, parents, run);
@@ -273,7 +289,14 @@ pub(super) fn backward_into(roots: &[(Var, Tensor)], gradients: &mut Gradients) 
         };
         let parents = std::mem::take(&mut *node.parents.borrow_mut());
         let needs: Vec<bool> = parents.iter().map(Option::is_some).collect();
-        let grads = run(&upstream, &needs, gradients);
+        let mut earlier: Vec<Option<Tensor>> = parents
+            .iter()
+            .map(|parent| {
+                let (node, output) = parent.as_ref()?;
+                pending.get_mut(&node.id)?.1[*output].take()
+            })
+            .collect();
+        let grads = run(&upstream, &needs, &mut earlier, gradients);
         drop(upstream);
         watch(
             "the backward of ",
@@ -281,9 +304,11 @@ pub(super) fn backward_into(roots: &[(Var, Tensor)], gradients: &mut Gradients) 
             &grads.iter().flatten().collect::<Vec<_>>(),
         );
         assert_eq!(grads.len(), parents.len(), "backward of `{}`", node.op);
-        for (parent, grad) in parents.into_iter().zip(grads) {
-            if let (Some((parent, output)), Some(grad)) = (parent, grad) {
-                accumulate(&mut pending, &parent, output, grad);
+        for grads in [earlier, grads] {
+            for (parent, grad) in parents.iter().zip(grads) {
+                if let (Some((parent, output)), Some(grad)) = (parent, grad) {
+                    accumulate(&mut pending, parent, *output, grad);
+                }
             }
         }
     }

@@ -12,7 +12,7 @@ use crate::ops::attention::{
 use crate::ops::binary::{Binary, binary};
 use crate::ops::conv2d::{Conv2dOptions, conv2d, conv2d_grad_input, conv2d_grad_weight};
 use crate::ops::cross_entropy::{cross_entropy, cross_entropy_backward};
-use crate::ops::group_norm::{group_norm, group_norm_backward};
+use crate::ops::group_norm::{GroupNorm, group_norm, group_norm_backward};
 use crate::ops::layer_norm::{layer_norm, layer_norm_backward};
 use crate::ops::linear_cross_entropy::linear_cross_entropy;
 use crate::ops::matmul::{MatmulOptions, matmul, matmul_quantized};
@@ -358,6 +358,16 @@ fn streaming(
     }
 }
 
+fn groups_of_32<'a>(weight: &'a Tensor, bias: &'a Tensor) -> GroupNorm<'a> {
+    GroupNorm {
+        groups: 32,
+        weight: Some(weight),
+        bias: Some(bias),
+        eps: 1e-5,
+        silu: false,
+    }
+}
+
 /// Ops bound by memory, at the shapes of SmolVLM-256M with 1,200 tokens and of the U-Net.
 fn memory_bound() -> Vec<Case> {
     let f = DType::F32;
@@ -367,6 +377,14 @@ fn memory_bound() -> Vec<Case> {
     let mut cases = vec![
         streaming("add", &[4096, 640], 3, move |gpu, s| {
             let (a, b) = (x(gpu, s), x(gpu, s));
+            Box::new(move || drop(binary(&a, &b, Binary::Add)))
+        }),
+        streaming("copy", &[4096, 640], 2, move |gpu, s| {
+            let a = x(gpu, s);
+            Box::new(move || drop(unary(&a, Unary::Affine(1.0, 0.0))))
+        }),
+        streaming("add of a row", &[4096, 640], 2, move |gpu, s| {
+            let (a, b) = (x(gpu, s), x(gpu, &s[1..]));
             Box::new(move || drop(binary(&a, &b, Binary::Add)))
         }),
         streaming("silu", &[4096, 640], 2, move |gpu, s| {
@@ -387,7 +405,7 @@ fn memory_bound() -> Vec<Case> {
         }),
         streaming("rms_norm backward", &text, 3, move |gpu, s| {
             let (a, w, dy) = (x(gpu, s), x(gpu, &s[1..]), x(gpu, s));
-            Box::new(move || drop(rms_norm_backward(&a, Some(&w), &dy, 1e-5, false)))
+            Box::new(move || drop(rms_norm_backward(&a, Some(&w), &dy, None, 1e-5, false)))
         }),
         streaming("layer_norm", &[1024, 768], 2, move |gpu, s| {
             let (a, w, b) = (x(gpu, s), x(gpu, &s[1..]), x(gpu, &s[1..]));
@@ -395,19 +413,31 @@ fn memory_bound() -> Vec<Case> {
         }),
         streaming("layer_norm backward", &[1024, 768], 3, move |gpu, s| {
             let (a, w, dy) = (x(gpu, s), x(gpu, &s[1..]), x(gpu, s));
-            Box::new(move || drop(layer_norm_backward(&a, Some(&w), &dy, 1e-5, false)))
+            Box::new(move || drop(layer_norm_backward(&a, Some(&w), &dy, None, 1e-5, false)))
         }),
         streaming("group_norm", &[1, 64, 64, 320], 2, move |gpu, s| {
             let (a, w, b) = (x(gpu, s), x(gpu, &s[3..]), x(gpu, &s[3..]));
-            Box::new(move || drop(group_norm(&a, 32, Some(&w), Some(&b), 1e-5)))
+            Box::new(move || drop(group_norm(&a, &groups_of_32(&w, &b))))
         }),
         streaming(
             "group_norm backward",
             &[1, 64, 64, 320],
             3,
             move |gpu, s| {
-                let (a, w, dy) = (x(gpu, s), x(gpu, &s[3..]), x(gpu, s));
-                Box::new(move || drop(group_norm_backward(&a, 32, Some(&w), &dy, 1e-5, false)))
+                let (a, dy) = (x(gpu, s), x(gpu, s));
+                let (w, b) = (x(gpu, &s[3..]), x(gpu, &s[3..]));
+                let (_, statistics) = group_norm(&a, &groups_of_32(&w, &b));
+                Box::new(move || {
+                    let norm = groups_of_32(&w, &b);
+                    drop(group_norm_backward(
+                        &a,
+                        &statistics,
+                        &dy,
+                        None,
+                        &norm,
+                        false,
+                    ))
+                })
             },
         ),
         streaming("softmax", &[4096, 77], 2, move |gpu, s| {
@@ -417,7 +447,7 @@ fn memory_bound() -> Vec<Case> {
         streaming("rotary", &[1, 1200, 576], 2, move |gpu, s| {
             let (a, c) = (x(gpu, s), x(gpu, &[1, 1200, 32]));
             let sine = x(gpu, &[1, 1200, 32]);
-            Box::new(move || drop(rotary(&a, &c, &sine, 9)))
+            Box::new(move || drop(rotary(&a, [&c, &sine], 9)))
         }),
         streaming("cross_entropy", &[64, 49_280], 1, move |gpu, s| {
             let (a, labels) = (x(gpu, s), Tensor::from_u32(gpu, &[7; 64], &[64]));

@@ -185,11 +185,9 @@ impl EncoderLayer {
                 ..AttentionMask::default()
             },
         );
-        let x = x.add(&self.out_proj.forward(&h));
+        let x = self.out_proj.forward_onto(&h, x);
         let h = self.layer_norm2.forward(&x);
-        let h = self
-            .fc2
-            .forward(&self.fc1.forward(&h).unary(self.activation));
-        x.add(&h)
+        let h = self.fc1.forward(&h).unary(self.activation);
+        self.fc2.forward_onto(&h, &x)
     }
 }

@@ -40,13 +40,13 @@ impl ResnetBlock {
 
     /// `x` `[batch, height, width, cin]`, `time` `[batch, width]` where the block was loaded with one.
     pub fn forward(&self, x: &Var, time: Option<&Var>) -> Var {
-        let mut h = self.conv1.forward(&self.norm1.forward(x).silu());
+        let mut h = self.conv1.forward(&self.norm1.forward_silu(x));
         if let (Some(proj), Some(time)) = (&self.time_emb_proj, time) {
             let t = proj.forward(&time.silu());
             let shape = [t.shape()[0], 1, 1, t.shape()[1]];
             h = h.add(&t.reshape(&shape));
         }
-        let h = self.conv2.forward(&self.norm2.forward(&h).silu());
+        let h = self.conv2.forward(&self.norm2.forward_silu(&h));
         match &self.conv_shortcut {
             Some(shortcut) => shortcut.forward(x).add(&h),
             None => x.add(&h),

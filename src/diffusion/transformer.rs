@@ -7,7 +7,6 @@ use crate::autograd::{self, Var};
 use crate::nn::{Conv2d, GroupNorm, LayerNorm, Linear, Loader};
 use crate::ops::attention::{AttentionMask, AttentionShape};
 use crate::ops::attention_tap::AttentionTap;
-use crate::ops::unary::Unary;
 use crate::tensor::Tensor;
 
 /// Shape of one [`Transformer2d`].
@@ -144,21 +143,20 @@ impl Block {
     /// `x` `[batch, pixels, channels]`; with `wanted` also the cross-attention's mean probabilities.
     fn forward(&self, x: &Var, text: &Var, wanted: Wanted) -> (Var, Probs) {
         let h = self.norm1.forward(x);
-        let x = x.add(&self.attn1.forward(&h, &h));
+        let x = self.attn1.forward_onto(&h, &h, x);
         let h = self.norm2.forward(&x);
-        let (h, probs) = match wanted {
-            Wanted::Nothing => (self.attn2.forward(&h, text), Probs::Nothing),
+        let (x, probs) = match wanted {
+            Wanted::Nothing => (self.attn2.forward_onto(&h, text, &x), Probs::Nothing),
             Wanted::Values => {
-                let (h, probs) = self.attn2.forward_captured(&h, text);
-                (h, Probs::Values(probs))
+                let (x, probs) = self.attn2.captured_onto(&h, text, &x);
+                (x, Probs::Values(probs))
             }
             Wanted::Tape => {
-                let (h, probs) = self.attn2.forward_tapped(&h, text);
-                (h, Probs::Tape(probs))
+                let (x, probs) = self.attn2.tapped_onto(&h, text, &x);
+                (x, Probs::Tape(probs))
             }
         };
-        let x = x.add(&h);
-        (x.add(&self.ff.forward(&self.norm3.forward(&x))), probs)
+        (self.ff.forward_onto(&self.norm3.forward(&x), &x), probs)
     }
 }
 
@@ -186,7 +184,8 @@ impl Attention {
         })
     }
 
-    fn forward(&self, x: &Var, context: &Var) -> Var {
+    /// What `x` reads from `context`, added to `onto`.
+    fn forward_onto(&self, x: &Var, context: &Var, onto: &Var) -> Var {
         let h = autograd::attention(
             &self.to_q.forward(x),
             &self.to_k.forward(context),
@@ -194,12 +193,11 @@ impl Attention {
             self.shape,
             &AttentionMask::default(),
         );
-        self.to_out.forward(&h)
+        self.to_out.forward_onto(&h, onto)
     }
 
-    /// Also the probabilities' mean over heads, f32 `[batch, pixels, tokens]`, read from q, k and the log-sum-exp.
     /// With the probabilities f32 `[batch, pixels, tokens]`, mean over heads, on the tape.
-    fn forward_tapped(&self, x: &Var, context: &Var) -> (Var, Var) {
+    fn tapped_onto(&self, x: &Var, context: &Var, onto: &Var) -> (Var, Var) {
         let (batch, pixels, tokens) = (x.dim(0), x.dim(1), context.dim(1));
         let gpu = x.value().gpu();
         let rows: Vec<u32> = (0..(batch * pixels) as u32).collect();
@@ -217,10 +215,11 @@ impl Attention {
             &tap,
         );
         let mean = probs.mean(&[1], false).reshape(&[batch, pixels, tokens]);
-        (self.to_out.forward(&h), mean)
+        (self.to_out.forward_onto(&h, onto), mean)
     }
 
-    fn forward_captured(&self, x: &Var, context: &Var) -> (Var, Tensor) {
+    /// With the probabilities' mean over heads, f32 `[batch, pixels, tokens]`, read from q, k and the log-sum-exp.
+    fn captured_onto(&self, x: &Var, context: &Var, onto: &Var) -> (Var, Tensor) {
         let (h, probs) = autograd::attention_captured(
             &self.to_q.forward(x),
             &self.to_k.forward(context),
@@ -228,7 +227,7 @@ impl Attention {
             self.shape,
             &AttentionMask::default(),
         );
-        (self.to_out.forward(&h), probs)
+        (self.to_out.forward_onto(&h, onto), probs)
     }
 }
 
@@ -236,7 +235,6 @@ impl Attention {
 struct GatedMlp {
     proj: Linear,
     out: Linear,
-    inner: usize,
 }
 
 impl GatedMlp {
@@ -245,14 +243,10 @@ impl GatedMlp {
         Ok(GatedMlp {
             proj: Linear::load(&l.sub("net.0.proj"), channels, 2 * inner, true)?,
             out: Linear::load(&l.sub("net.2"), inner, channels, true)?,
-            inner,
         })
     }
 
-    fn forward(&self, x: &Var) -> Var {
-        let both = self.proj.forward(x);
-        let hidden = both.narrow(2, 0, self.inner);
-        let gate = both.narrow(2, self.inner, self.inner);
-        self.out.forward(&hidden.mul(&gate.unary(Unary::GeluErf)))
+    fn forward_onto(&self, x: &Var, onto: &Var) -> Var {
+        self.out.forward_onto(&self.proj.forward(x).geglu(), onto)
     }
 }

@@ -276,8 +276,7 @@ impl Unet {
         for block in &self.up_blocks {
             h = block.forward(&h, &time, text, &mut pass, &mut skips);
         }
-        self.conv_out
-            .forward(&self.conv_norm_out.forward(&h).silu())
+        self.conv_out.forward(&self.conv_norm_out.forward_silu(&h))
     }
 
     /// Sinusoids of the timesteps, `[batch, block_out_channels[0]]`, in f32 arithmetic as `diffusers` does it.

@@ -231,8 +231,7 @@ impl Encoder {
             }
         }
         h = self.mid_block.forward(&h);
-        self.conv_out
-            .forward(&self.conv_norm_out.forward(&h).silu())
+        self.conv_out.forward(&self.conv_norm_out.forward_silu(&h))
     }
 }
 
@@ -279,8 +278,7 @@ impl Decoder {
                 h = upsampler.forward(&h);
             }
         }
-        self.conv_out
-            .forward(&self.conv_norm_out.forward(&h).silu())
+        self.conv_out.forward(&self.conv_norm_out.forward_silu(&h))
     }
 }
 
@@ -373,6 +371,7 @@ impl PixelAttention {
             // One head of one image at a time fits: 4096² scores are 64 MiB in f32.
             q.matmul_t(&k).scale(scale).softmax().matmul(&v)
         };
-        x.add(&self.to_out.forward(&h).reshape(&shape))
+        let flat = x.reshape(h.shape());
+        self.to_out.forward_onto(&h, &flat).reshape(&shape)
     }
 }

@@ -42,6 +42,9 @@ pub struct Tier {
     pub shared_bytes: u32,
     /// Invocations per workgroup.
     pub max_invocations: u32,
+    /// Storage buffers that a kernel may bind.
+    #[serde(default)]
+    pub storage_buffers: u32,
     /// Alignment of a binding's offset, bytes.
     pub offset_alignment: u64,
     /// The device's own memory (a software driver's: the machine's), bytes; `None` where the backend does not tell.
@@ -190,6 +193,7 @@ fn tier(adapter: &wgpu::Adapter) -> Tier {
         max_buffer: limits.max_buffer_size,
         shared_bytes: limits.max_compute_workgroup_storage_size,
         max_invocations: limits.max_compute_invocations_per_workgroup,
+        storage_buffers: limits.max_storage_buffers_per_shader_stage,
         offset_alignment: u64::from(limits.min_storage_buffer_offset_alignment),
         memory: memory(adapter),
         cache_key: wgpu::util::pipeline_cache_key(&info),

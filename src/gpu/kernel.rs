@@ -58,6 +58,12 @@ impl Kernel {
         self
     }
 
+    /// [`Kernel::def`] where there is a value.
+    pub fn defs(mut self, name: &'static str, value: Option<i32>) -> Kernel {
+        self.defs.extend(value.map(|value| (name, value)));
+        self
+    }
+
     /// Sets an `override` constant.
     pub fn constant(mut self, name: &'static str, value: f64) -> Kernel {
         self.constants.push((name, value));

@@ -85,14 +85,23 @@ impl Linear {
 
     /// x [.., inputs] → [.., outputs].
     pub fn forward(&self, x: &Var) -> Var {
+        self.added(x, None)
+    }
+
+    /// x [.., inputs] → `onto` [.., outputs] + what [`Linear::forward`] gives: the end of a residual branch.
+    pub fn forward_onto(&self, x: &Var, onto: &Var) -> Var {
+        self.added(x, Some(onto))
+    }
+
+    fn added(&self, x: &Var, onto: Option<&Var>) -> Var {
         enter_layer(&self.name);
-        let product = |x: &Var, bias: Option<&Var>| match &self.weight {
-            Weight::Float(weight) => x.linear(weight, bias),
-            Weight::Quantized(weight) => x.linear_quantized(weight, bias),
+        let product = |x: &Var, bias: Option<&Var>, onto: Option<&Var>| match &self.weight {
+            Weight::Float(weight) => x.linear_onto(weight, bias, onto),
+            Weight::Quantized(weight) => x.linear_quantized(weight, bias, onto),
         };
-        let y = product(x, self.bias.as_ref());
+        let y = product(x, self.bias.as_ref(), onto);
         match &self.lora {
-            Some(lora) => y.add(&lora.forward(x, |x| product(x, None))),
+            Some(lora) => lora.forward_onto(x, &y, |x| product(x, None, None)),
             None => y,
         }
     }

@@ -153,25 +153,26 @@ impl Lora {
         }))
     }
 
-    /// What is to be added to the layer's output: scale · B A dropout(x), or with DoRA what makes it that of
+    /// The layer's output `y` + scale · B A dropout(x), or with DoRA + what makes it that of
     /// m · (W + scale · B A) / ‖W + scale · B A‖. `product` gives W x.
-    pub fn forward(&self, x: &Var, product: impl Fn(&Var) -> Var) -> Var {
+    pub fn forward_onto(&self, x: &Var, y: &Var, product: impl Fn(&Var) -> Var) -> Var {
         let x = match DROPOUT.get() {
             Some(seed) if self.dropout > 0.0 => dropped(x, self.dropout, seed ^ self.site),
             _ => x.clone(),
         };
-        let update = x
-            .linear(&self.a, None)
-            .linear(&self.b, None)
-            .scale(self.scale);
+        let inner = x.linear(&self.a, None).scale(self.scale);
         let Some(dora) = &self.dora else {
-            return update;
+            return inner.linear_onto(&self.b, None, Some(y));
         };
+        let update = inner.linear(&self.b, None);
         let ratio = dora.magnitude.div(&self.lengths(dora, &product));
         let (kept, changed) = (product(&x), update);
         let dtype = changed.value().dtype();
-        kept.mul(&ratio.add_scalar(-1.0).cast(dtype))
-            .add(&changed.mul(&ratio.cast(dtype)))
+        y.add(
+            &kept
+                .mul(&ratio.add_scalar(-1.0).cast(dtype))
+                .add(&changed.mul(&ratio.cast(dtype))),
+        )
     }
 
     /// Lengths of the rows of W + sBA, f32 `[outputs]`; a constant to the backward, as the paper has it (section 4.3).

@@ -89,4 +89,10 @@ impl GroupNorm {
         enter_layer(&self.name);
         x.group_norm(self.groups, &self.weight, &self.bias, self.eps)
     }
+
+    /// x·σ(x) of what [`GroupNorm::forward`] gives.
+    pub fn forward_silu(&self, x: &Var) -> Var {
+        enter_layer(&self.name);
+        x.group_norm_silu(self.groups, &self.weight, &self.bias, self.eps)
+    }
 }

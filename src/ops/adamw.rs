@@ -1,6 +1,7 @@
 //! Adam and AdamW, one update in place, as `torch.optim` computes it.
 
-use super::{THREADS, dispatch, linear_groups};
+use super::sets::{SETS, ends, filled, sets};
+use super::{dispatch, grid, line};
 use crate::gpu::Kernel;
 use crate::tensor::{DType, Tensor};
 
@@ -21,10 +22,26 @@ pub struct AdamW {
     pub step: u64,
 }
 
+/// Tensors of one parameter, all f32 and of one element count.
+#[derive(Clone, Copy)]
+pub struct Update<'a> {
+    /// Updated in place.
+    pub param: &'a Tensor,
+    /// The gradient.
+    pub grad: &'a Tensor,
+    /// First moment, updated in place.
+    pub m: &'a Tensor,
+    /// Second moment, updated in place.
+    pub v: &'a Tensor,
+}
+
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 struct Params {
-    elements: u32,
+    elements: [u32; SETS],
+    /// Workgroup behind each tensor's last.
+    ends: [u32; SETS],
+    chunk: u32,
     beta1: f32,
     beta2: f32,
     one_minus_beta1: f32,
@@ -38,10 +55,16 @@ struct Params {
     shrink: f32,
     /// λ for Adam, else 0.
     l2: f32,
+    /// To the multiple of 16 bytes that the kernel takes.
+    unused: [u32; 2],
 }
 
-fn kernel(scaled: bool) -> Kernel {
-    Kernel::new("adamw").flag("SCALED", scaled)
+fn kernel(sets: usize, scaled: bool, threads: u32) -> Kernel {
+    Kernel::new("adamw")
+        .def("SETS", sets as i32)
+        .flag("SCALED", scaled)
+        .def("SCALE", 4 * sets as i32)
+        .def("WG", threads as i32)
 }
 
 /// Updates `param`, `m` and `v` in place (all f32, `grad` too).
@@ -56,17 +79,18 @@ pub fn adamw(
     settings: &AdamW,
     grad_scale: Option<&Tensor>,
 ) {
-    for t in [param, grad, m, v] {
-        assert!(
-            t.dtype() == DType::F32 && t.elements() == param.elements(),
-            "adamw: {param:?}, {grad:?}, {m:?} and {v:?}"
-        );
-    }
+    adamw_all(&[Update { param, grad, m, v }], settings, grad_scale);
+}
+
+/// [`adamw`] of several parameters with one setting, up to eight in a dispatch, as the adapter's bindings allow.
+pub fn adamw_all(updates: &[Update], settings: &AdamW, grad_scale: Option<&Tensor>) {
     let (beta1, beta2) = (f64::from(settings.betas.0), f64::from(settings.betas.1));
     let (lr, decay) = (f64::from(settings.lr), f64::from(settings.weight_decay));
     let power = |beta: f64| 1.0 - beta.powf(settings.step as f64);
-    let params = Params {
-        elements: param.elements() as u32,
+    let common = Params {
+        elements: [0; SETS],
+        ends: [0; SETS],
+        chunk: 0,
         beta1: beta1 as f32,
         beta2: beta2 as f32,
         one_minus_beta1: (1.0 - beta1) as f32,
@@ -84,18 +108,46 @@ pub fn adamw(
         } else {
             settings.weight_decay
         },
+        unused: [0; 2],
     };
-    let mut tensors = vec![param, grad, m, v];
-    tensors.extend(grad_scale);
-    dispatch(
-        &kernel(grad_scale.is_some()),
-        &tensors,
-        &params,
-        linear_groups(param.elements(), THREADS),
-    );
+    let Some(first) = updates.first() else {
+        return;
+    };
+    let gpu = first.param.gpu();
+    for updates in updates.chunks(sets(gpu, 4, 1)) {
+        let mut tensors = Vec::new();
+        for &Update { param, grad, m, v } in updates {
+            for t in [param, grad, m, v] {
+                assert!(
+                    t.dtype() == DType::F32 && t.elements() == param.elements(),
+                    "adamw: {param:?}, {grad:?}, {m:?} and {v:?}"
+                );
+            }
+            tensors.extend([param, grad, m, v]);
+        }
+        tensors.extend(grad_scale);
+        let vectors = |update: &Update| update.param.elements().div_ceil(4);
+        let cut = line(gpu, updates.iter().map(vectors).sum());
+        let parts = |update: &Update| vectors(update).div_ceil(cut.chunk as usize);
+        let ends = ends(updates.iter().map(parts));
+        let elements = updates.iter().map(|u| u.param.elements() as u32);
+        let params = Params {
+            elements: filled(elements, 0),
+            ends,
+            chunk: cut.chunk,
+            ..common
+        };
+        let kernel = kernel(updates.len(), grad_scale.is_some(), cut.threads);
+        dispatch(&kernel, &tensors, &params, grid(ends[SETS - 1] as usize));
+    }
 }
 
 /// All kernels of this op.
 pub fn variants() -> Vec<Kernel> {
-    vec![kernel(false), kernel(true)]
+    let mut all = Vec::new();
+    for sets in 1..=SETS {
+        all.push(kernel(sets, true, 8));
+    }
+    all.extend([kernel(1, false, 8), kernel(SETS, false, 64)]);
+    all
 }

@@ -2,7 +2,7 @@
 
 use super::reduce::sum_to;
 use super::unary::{Unary, unary};
-use super::{THREADS, dispatch, is_f16, linear_groups};
+use super::{COLUMN_THREADS, LINE_THREADS, WIDEST_ROW, columns, dispatch, is_f16, line};
 use crate::gpu::Kernel;
 use crate::tensor::{Tensor, elements};
 
@@ -51,7 +51,8 @@ impl Binary {
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 struct Params {
-    threads: u32,
+    vectors: u32,
+    chunk: u32,
     dims: [u32; MAX_RANK],
     a: [u32; MAX_RANK],
     b: [u32; MAX_RANK],
@@ -113,6 +114,19 @@ fn kernel(op: Binary, rank: usize, vec4: bool, a16: bool, b16: bool) -> Kernel {
         .flag("B16", b16)
 }
 
+/// `kernel` for threads along a line of vectors.
+fn by_line(kernel: Kernel, threads: u32) -> Kernel {
+    kernel.def("WG", threads as i32)
+}
+
+/// `kernel`, of rank 2, for threads that walk down columns.
+fn by_columns(kernel: Kernel, (threads, lanes): (u32, u32)) -> Kernel {
+    kernel
+        .flag("COLUMNS", true)
+        .def("WG", threads as i32)
+        .def("LANES", lanes as i32)
+}
+
 /// `op(a, b)` with numpy broadcasting up to rank 6; the dtype of `a`.
 pub fn binary(a: &Tensor, b: &Tensor, op: Binary) -> Tensor {
     let shape = broadcast_shape(a.shape(), b.shape());
@@ -150,9 +164,24 @@ fn binary_in(a: &Tensor, b: &Tensor, op: Binary, shape: &[usize]) -> Tensor {
         _ => MAX_RANK,
     };
     let vec4 = rank == 1 || axes[0].0.is_multiple_of(4);
-    let threads = elements(shape).div_ceil(if vec4 { 4 } else { 1 });
+    let unit = if vec4 { 4 } else { 1 };
+    let vectors = elements(shape).div_ceil(unit);
+    let [a0, b0] = axes[0].1;
+    let kernel = kernel(op, rank, vec4, is_f16("binary", a), is_f16("binary", b))
+        .flag("A_REPEATS", a0 == 0)
+        .flag("B_REPEATS", b0 == 0);
+    let width = axes[0].0 / unit;
+    let (kernel, chunk, groups) = if rank == 2 && (16..=WIDEST_ROW).contains(&width) {
+        let cut = columns(a.gpu(), axes[1].0, width, 8);
+        let kernel = by_columns(kernel, (cut.threads, cut.lanes));
+        (kernel, cut.chunk, cut.groups)
+    } else {
+        let cut = line(a.gpu(), vectors);
+        (by_line(kernel, cut.threads), cut.chunk, cut.groups)
+    };
     let mut params = Params {
-        threads: threads as u32,
+        vectors: vectors as u32,
+        chunk,
         dims: [1; MAX_RANK],
         a: [0; MAX_RANK],
         b: [0; MAX_RANK],
@@ -162,12 +191,7 @@ fn binary_in(a: &Tensor, b: &Tensor, op: Binary, shape: &[usize]) -> Tensor {
         params.a[i] = strides[0] as u32;
         params.b[i] = strides[1] as u32;
     }
-    dispatch(
-        &kernel(op, rank, vec4, is_f16("binary", a), is_f16("binary", b)),
-        &[a, b, &y],
-        &params,
-        linear_groups(threads, THREADS),
-    );
+    dispatch(&kernel, &[a, b, &y], &params, groups);
     y
 }
 
@@ -214,12 +238,16 @@ pub fn binary_backward(
 pub fn variants() -> Vec<Kernel> {
     let mut all: Vec<Kernel> = Binary::ALL
         .into_iter()
-        .map(|op| kernel(op, 1, true, false, false))
+        .map(|op| by_line(kernel(op, 1, true, false, false), 8))
         .collect();
     for rank in [1, 2, 3, MAX_RANK] {
         for vec4 in [false, true] {
             for (a16, b16) in [(false, false), (true, true), (true, false), (false, true)] {
-                all.push(kernel(Binary::Mul, rank, vec4, a16, b16));
+                let kernel = kernel(Binary::Mul, rank, vec4, a16, b16).flag("B_REPEATS", a16);
+                if rank == 2 {
+                    all.extend(COLUMN_THREADS.map(|cut| by_columns(kernel.clone(), cut)));
+                }
+                all.extend(LINE_THREADS.map(|threads| by_line(kernel.clone(), threads)));
             }
         }
     }

@@ -1,6 +1,6 @@
 //! Conversion between element types.
 
-use super::{THREADS, dispatch, linear_groups};
+use super::{LINE_THREADS, dispatch, line};
 use crate::gpu::Kernel;
 use crate::tensor::{DType, Tensor};
 
@@ -8,6 +8,7 @@ use crate::tensor::{DType, Tensor};
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 struct Params {
     vectors: u32,
+    chunk: u32,
 }
 
 fn code(dtype: DType) -> i32 {
@@ -20,11 +21,12 @@ fn code(dtype: DType) -> i32 {
     }
 }
 
-fn kernel(from: DType, to: DType) -> Kernel {
+fn kernel(from: DType, to: DType, threads: u32) -> Kernel {
     Kernel::new("cast")
         .def("FROM", code(from))
         .def("TO", code(to))
         .flag("F16", from == DType::F16 || to == DType::F16)
+        .def("WG", threads as i32)
 }
 
 /// `x` as `dtype`, rounded to nearest even; the same storage when it is that already.
@@ -34,13 +36,15 @@ pub fn cast(x: &Tensor, dtype: DType) -> Tensor {
     }
     let y = Tensor::empty(x.gpu(), dtype, x.shape());
     let vectors = x.elements().div_ceil(4);
+    let line = line(x.gpu(), vectors);
     dispatch(
-        &kernel(x.dtype(), dtype),
+        &kernel(x.dtype(), dtype, line.threads),
         &[x, &y],
         &Params {
             vectors: vectors as u32,
+            chunk: line.chunk,
         },
-        linear_groups(vectors, THREADS),
+        line.groups,
     );
     y
 }
@@ -51,6 +55,6 @@ pub fn variants() -> Vec<Kernel> {
     let pairs = all.into_iter().flat_map(|from| all.map(|to| (from, to)));
     pairs
         .filter(|(from, to)| from != to)
-        .map(|(from, to)| kernel(from, to))
+        .flat_map(|(from, to)| LINE_THREADS.map(|threads| kernel(from, to, threads)))
         .collect()
 }

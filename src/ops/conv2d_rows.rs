@@ -44,18 +44,18 @@ fn padded(mode: Mode, g: &Geometry) -> [usize; 3] {
 /// Bytes of the largest temporary that [`launch`] makes for this band.
 pub(super) fn temporary_bytes(mode: Mode, g: &Geometry) -> usize {
     let image = g.batch * padded(mode, g).iter().product::<usize>() * 4;
-    let pixels = g.batch * g.output[0] * g.output[1];
+    let (lines, line) = (g.batch * g.output[0], g.output[1].next_multiple_of(4));
     match mode {
-        Mode::Weight => image.max(rows::panel_bytes(1, pixels, g.output[2])),
+        Mode::Weight => image
+            .max(rows::panel_bytes(lines, g.output[1], g.output[2]))
+            .max(4 * lines * line * g.input[2]),
         _ => image,
     }
 }
 
 /// Parts that each band's sum over pixels is cut into for a weight gradient.
 pub(super) fn splits(g: &Geometry) -> usize {
-    let run = g.kernel[1] * g.input[2].next_multiple_of(4);
-    let tiles = g.kernel[0] * run.div_ceil(rows::TILE[0]);
-    let groups = tiles * g.output[2].div_ceil(rows::TILE[1]);
+    let groups = g.input[2].div_ceil(rows::TILE[0]) * g.output[2].div_ceil(rows::TILE[1]);
     let lines = g.batch * g.output[0];
     rows::splits(groups, lines * g.output[1]).min(lines).max(1)
 }
@@ -175,62 +175,68 @@ pub(super) fn launch(mode: Mode, g: &Geometry, [x, w, y]: [&Tensor; 3], bias: Op
 }
 
 /// Records one band of the weight gradient: `splits` partial sums into `sums` from element `at`.
+///
+/// A tap's part of the weight is a product over the pixels: the image as that tap sees it, transposed so that a channel's
+/// pixels lie side by side, by dy.
 pub(super) fn launch_weight(g: &Geometry, [x, dy, sums]: [&Tensor; 3], splits: usize, at: usize) {
-    let mode = Mode::Weight;
-    let (source, start, [height, width, channels]) = image(mode, g, x);
+    let (source, start, [height, width, channels]) = image(Mode::Weight, g, x);
     let [oh, ow, co] = g.output;
-    let pixels = g.batch * oh * ow;
-    let (mut b, mut b_start) = window(dy, g.y_start, pixels * co);
-    let (mut b_row, mut b_panel) = (co, rows::TILE[1]);
-    if b.dtype() != DType::F32 || !co.is_multiple_of(4) || !b_start.is_multiple_of(4) {
-        let strided = Strided {
+    let (lines, ci) = (g.batch * oh, g.input[2]);
+    let (dy, dy_start) = window(dy, g.y_start, lines * ow * co);
+    let line = ow.next_multiple_of(4);
+    let b = rows::panels(
+        &dy,
+        &Strided {
             batch: 1,
-            blocks: 1,
-            rows: pixels,
+            blocks: lines,
+            rows: ow,
             columns: co,
             reversed: false,
-            start: b_start,
+            start: dy_start,
             batch_stride: 0,
-            block_stride: 0,
+            block_stride: ow * co,
             row_stride: co,
             column_stride: 1,
+        },
+    );
+    for tap in 0..g.taps() {
+        let (i, j) = (tap / g.kernel[1], tap % g.kernel[1]);
+        let seen = rows::padded_rows(
+            &source,
+            &Strided {
+                batch: g.batch,
+                blocks: oh,
+                rows: ci,
+                columns: ow,
+                reversed: false,
+                start: start + (i * width + j) * channels,
+                batch_stride: height * width * channels,
+                block_stride: g.stride * width * channels,
+                row_stride: 1,
+                column_stride: g.stride * channels,
+            },
+        );
+        let params = RowsParams {
+            m: ci as u32,
+            n: co as u32,
+            k: (lines * line) as u32,
+            splits: splits as u32,
+            size_x: ci as u32,
+            size_y: 1,
+            stride_x: (line / 4) as u32,
+            segments: lines as u32,
+            segment: line as u32,
+            segment_stride: (ci * line / 4) as u32,
+            b_row: (rows::TILE[1] / 4) as u32,
+            b_panel: (lines * line * rows::TILE[1] / 4) as u32,
+            ldc: co as u32,
+            c_start: (at + tap * ci * co) as u32,
+            c_batch: (g.taps() * ci * co) as u32,
+            ..RowsParams::default()
         };
-        b = rows::panels(&b, &strided);
-        b_start = 0;
-        (b_row, b_panel) = (rows::TILE[1], b.dim(2) * rows::TILE[1]);
+        let tiles = ci.div_ceil(rows::TILE[0]);
+        rows::product(false, [&seen, &b, sums], None, None, &params, tiles, 1);
     }
-    let quads = channels / 4;
-    // One kernel row's taps and channels lie side by side in the image: a run of rows of dw.
-    let run = g.kernel[1] * channels;
-    let run_tiles = run.div_ceil(rows::TILE[0]);
-    let params = RowsParams {
-        m: (g.taps() * g.input[2]) as u32,
-        n: co as u32,
-        k: pixels as u32,
-        splits: splits as u32,
-        a_start: (start / 4) as u32,
-        size_x: 1,
-        size_y: oh as u32,
-        stride_x: (g.stride * quads) as u32,
-        stride_y: (g.stride * width * quads) as u32,
-        stride_image: (height * width * quads) as u32,
-        segments: (g.batch * oh) as u32,
-        segment: ow as u32,
-        run: run as u32,
-        run_tiles: run_tiles as u32,
-        run_stride: (width * quads) as u32,
-        padded: channels as u32,
-        channels: g.input[2] as u32,
-        b_start: (b_start / 4) as u32,
-        b_row: (b_row / 4) as u32,
-        b_panel: (b_panel / 4) as u32,
-        ldc: co as u32,
-        c_start: at as u32,
-        c_batch: (g.taps() * g.input[2] * co) as u32,
-        ..RowsParams::default()
-    };
-    let tiles = g.kernel[0] * run_tiles;
-    rows::product(true, [&source, &b, sums], None, None, &params, tiles, 1);
 }
 
 /// All kernels of this file.

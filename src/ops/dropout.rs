@@ -1,6 +1,6 @@
 //! Dropout whose mask is a hash of seed and index: nothing is stored, the backward draws it again.
 
-use super::{THREADS, dispatch, is_f16, linear_groups};
+use super::{LINE_THREADS, dispatch, is_f16, line};
 use crate::gpu::Kernel;
 use crate::tensor::Tensor;
 
@@ -8,6 +8,7 @@ use crate::tensor::Tensor;
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 struct Params {
     vectors: u32,
+    chunk: u32,
     seed_low: u32,
     seed_high: u32,
     /// Elements whose 32 hashed bits lie below it are dropped.
@@ -15,8 +16,10 @@ struct Params {
     scale: f32,
 }
 
-fn kernel(f16: bool) -> Kernel {
-    Kernel::new("dropout").flag("F16", f16)
+fn kernel(f16: bool, threads: u32) -> Kernel {
+    Kernel::new("dropout")
+        .flag("F16", f16)
+        .def("WG", threads as i32)
 }
 
 /// Zeroes each element with chance `p` and scales the others by 1 / (1 − p); linear in `x`, so the
@@ -31,23 +34,26 @@ pub fn dropout(x: &Tensor, p: f32, seed: u64) -> Tensor {
     }
     let y = Tensor::empty(x.gpu(), x.dtype(), x.shape());
     let vectors = x.elements().div_ceil(4);
+    let line = line(x.gpu(), vectors);
     let params = Params {
         vectors: vectors as u32,
+        chunk: line.chunk,
         seed_low: seed as u32,
         seed_high: (seed >> 32) as u32,
         threshold: (f64::from(p) * 4_294_967_296.0) as u32,
         scale: 1.0 / (1.0 - p),
     };
     dispatch(
-        &kernel(is_f16("dropout", x)),
+        &kernel(is_f16("dropout", x), line.threads),
         &[x, &y],
         &params,
-        linear_groups(vectors, THREADS),
+        line.groups,
     );
     y
 }
 
 /// All kernels of this op.
 pub fn variants() -> Vec<Kernel> {
-    vec![kernel(false), kernel(true)]
+    let both = |f16| LINE_THREADS.map(|threads| kernel(f16, threads));
+    [both(false), both(true)].concat()
 }

@@ -1,6 +1,6 @@
 //! Finding the first tensor that holds a NaN or an infinity.
 
-use super::{THREADS, dispatch, is_f16, linear_groups};
+use super::{LINE_THREADS, dispatch, is_f16, line};
 use crate::error::Result;
 use crate::gpu::{Gpu, Kernel};
 use crate::tensor::{DType, Tensor};
@@ -8,12 +8,16 @@ use crate::tensor::{DType, Tensor};
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 struct Params {
+    vectors: u32,
+    chunk: u32,
     elements: u32,
     tag: u32,
 }
 
-fn kernel(f16: bool) -> Kernel {
-    Kernel::new("finite").flag("F16", f16)
+fn kernel(f16: bool, threads: u32) -> Kernel {
+    Kernel::new("finite")
+        .flag("F16", f16)
+        .def("WG", threads as i32)
 }
 
 /// A flag on the device that keeps the lowest tag of the tensors found not to be finite.
@@ -32,15 +36,19 @@ impl FiniteFlag {
 
     /// Notes `tag` if any element of `x` is NaN or infinite.
     pub fn check(&self, x: &Tensor, tag: u32) {
+        let vectors = x.elements().div_ceil(4);
+        let line = line(x.gpu(), vectors);
         let params = Params {
+            vectors: vectors as u32,
+            chunk: line.chunk,
             elements: x.elements() as u32,
             tag,
         };
         dispatch(
-            &kernel(is_f16("finite", x)),
+            &kernel(is_f16("finite", x), line.threads),
             &[x, &self.0],
             &params,
-            linear_groups(x.elements().div_ceil(4), THREADS),
+            line.groups,
         );
     }
 
@@ -72,5 +80,6 @@ pub fn is_finite(x: &Tensor) -> Result<bool> {
 
 /// All kernels of this op.
 pub fn variants() -> Vec<Kernel> {
-    vec![kernel(false), kernel(true)]
+    let both = |f16| LINE_THREADS.map(|threads| kernel(f16, threads));
+    [both(false), both(true)].concat()
 }

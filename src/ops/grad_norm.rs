@@ -1,6 +1,7 @@
 //! Global L2 norm of gradients and clipping by it, as `torch.nn.utils.clip_grad_norm_`.
 
 use super::reduce::{Reduce, reduce};
+use super::sets::{SETS, ends, filled, sets};
 use super::unary::{Unary, unary};
 use super::{THREADS, dispatch, is_f16, linear_groups};
 use crate::gpu::Kernel;
@@ -14,10 +15,13 @@ const MAX_PARTS: usize = 4096;
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 struct Params {
-    elements: u32,
-    parts: u32,
-    /// Where this tensor's partial sums begin.
+    elements: [u32; SETS],
+    /// Part behind each tensor's last.
+    ends: [u32; SETS],
+    /// Where the first tensor's partial sums begin.
     start: u32,
+    /// To the multiple of 16 bytes that the kernel takes.
+    unused: [u32; 3],
 }
 
 #[repr(C)]
@@ -26,8 +30,11 @@ struct ClipParams {
     max_norm: f32,
 }
 
-fn kernel(f16: bool) -> Kernel {
-    Kernel::new("grad_norm").flag("F16", f16)
+fn kernel(sets: usize, f16: bool, threads: u32) -> Kernel {
+    Kernel::new("grad_norm")
+        .def("SETS", sets as i32)
+        .flag("F16", f16)
+        .def("WG", threads as i32)
 }
 
 fn clip_kernel() -> Kernel {
@@ -46,21 +53,28 @@ pub fn grad_norm(gradients: &[&Tensor]) -> Tensor {
     let total: usize = gradients.iter().map(|t| parts_of(t)).sum();
     let gpu = gradients.first().expect("grad_norm: no gradients").gpu();
     let partial = Tensor::empty(gpu, DType::F32, &[total]);
+    let threads = if gpu.tier().cpu { 8 } else { THREADS };
     let mut start = 0;
-    for gradient in gradients {
-        let parts = parts_of(gradient);
-        let params = Params {
-            elements: gradient.elements() as u32,
-            parts: parts as u32,
-            start: start as u32,
-        };
-        dispatch(
-            &kernel(is_f16("grad_norm", gradient)),
-            &[gradient, &partial],
-            &params,
-            linear_groups(parts, THREADS),
-        );
-        start += parts;
+    for alike in gradients.chunk_by(|a, b| a.dtype() == b.dtype()) {
+        for set in alike.chunks(sets(gpu, 1, 1)) {
+            let ends = ends(set.iter().map(|t| parts_of(t)));
+            let params = Params {
+                elements: filled(set.iter().map(|t| t.elements() as u32), 0),
+                ends,
+                start: start as u32,
+                unused: [0; 3],
+            };
+            let mut tensors = vec![&partial];
+            tensors.extend(set);
+            let parts = ends[SETS - 1] as usize;
+            dispatch(
+                &kernel(set.len(), is_f16("grad_norm", set[0]), threads),
+                &tensors,
+                &params,
+                linear_groups(parts, threads),
+            );
+            start += parts;
+        }
     }
     unary(&reduce(&partial, &[0], Reduce::Sum, true), Unary::Sqrt)
 }
@@ -80,5 +94,9 @@ pub fn clip_scale(norm: &Tensor, max_norm: f32) -> Tensor {
 
 /// All kernels of this op.
 pub fn variants() -> Vec<Kernel> {
-    vec![kernel(false), kernel(true), clip_kernel()]
+    let mut all = vec![clip_kernel()];
+    for sets in 1..=SETS {
+        all.extend([kernel(sets, false, 8), kernel(sets, true, THREADS)]);
+    }
+    all
 }

@@ -1,12 +1,30 @@
 //! Group norm of channels-last tensors, with f32 statistics; instance norm is one channel a group.
 
 use super::layer_norm::{NormGradients, fold_rows};
-use super::{THREADS, dispatch, grid, is_f16, linear_groups, row_threads};
+use super::{
+    COLUMN_THREADS, columns, dispatch, grid, is_f16, row_kernel, row_threads, row_variant,
+};
 use crate::gpu::Kernel;
 use crate::tensor::{DType, Tensor};
 
-/// Pixels that one thread sums, at the least.
-const CHUNK: usize = 64;
+/// Chunks of pixels that are summed one by one, at the most.
+const CHUNKS: usize = 256;
+
+/// A group norm: (x − mean)/√(variance + eps)·weight + bias, mean and biased variance over the pixels and the channels of a
+/// group (Wu & He 2018; as many groups as channels make an instance norm).
+#[derive(Clone, Copy, Debug, Default)]
+pub struct GroupNorm<'a> {
+    /// Groups of channels.
+    pub groups: usize,
+    /// f32 `[channels]`, or 1.
+    pub weight: Option<&'a Tensor>,
+    /// f32 `[channels]`, or 0.
+    pub bias: Option<&'a Tensor>,
+    /// Added to the variance.
+    pub eps: f32,
+    /// Followed by x·σ(x).
+    pub silu: bool,
+}
 
 #[repr(C)]
 #[derive(Clone, Copy, Default, bytemuck::Pod, bytemuck::Zeroable)]
@@ -22,18 +40,26 @@ struct Params {
     eps: f32,
 }
 
-fn kernel(stage: i32, f16: bool, vec4: bool, threads: u32) -> Kernel {
+/// A stage whose threads walk pixels.
+fn walk_kernel(stage: i32, silu: bool, f16: bool, vec4: bool, cut: (u32, u32)) -> Kernel {
     Kernel::new("group_norm")
         .def("STAGE", stage)
+        .flag("WALK", stage != 0)
+        .flag("SILU", silu)
         .flag("F16", f16)
         .flag("VEC4", vec4)
-        .def("WG", threads as i32)
+        .def("WG", cut.0 as i32)
+        .def("LANES", cut.1 as i32)
 }
 
-struct GroupNorm<'a> {
+/// A stage whose workgroups are groups; f32 only.
+fn group_kernel(stage: i32) -> Kernel {
+    Kernel::new("group_norm").def("STAGE", stage)
+}
+
+struct Plan<'a> {
     x: &'a Tensor,
-    weight: Option<&'a Tensor>,
-    f16: bool,
+    norm: GroupNorm<'a>,
     vec4: bool,
     threads: u32,
     channels: usize,
@@ -41,20 +67,14 @@ struct GroupNorm<'a> {
     params: Params,
 }
 
-impl<'a> GroupNorm<'a> {
-    fn new(
-        x: &'a Tensor,
-        groups: usize,
-        weight: Option<&'a Tensor>,
-        bias: Option<&Tensor>,
-        eps: f32,
-    ) -> GroupNorm<'a> {
-        let channels = x.last_dim();
+impl<'a> Plan<'a> {
+    fn new(x: &'a Tensor, norm: &GroupNorm<'a>) -> Plan<'a> {
+        let (channels, groups) = (x.last_dim(), norm.groups);
         assert!(
             x.rank() >= 2 && groups > 0 && channels.is_multiple_of(groups),
             "group_norm: x {x:?}, {groups} groups"
         );
-        for affine in [weight, bias].into_iter().flatten() {
+        for affine in [norm.weight, norm.bias].into_iter().flatten() {
             assert!(
                 affine.dtype() == DType::F32 && affine.elements() == channels,
                 "group_norm: x {x:?}, weight or bias {affine:?}"
@@ -62,11 +82,11 @@ impl<'a> GroupNorm<'a> {
         }
         let batch = x.dim(0);
         let pixels = x.elements() / (batch * channels).max(1);
-        let chunk = CHUNK.max(pixels.div_ceil(256));
-        GroupNorm {
+        let least = if x.gpu().tier().cpu { 64 } else { 16 };
+        let chunk = least.max(pixels.div_ceil(CHUNKS));
+        Plan {
             x,
-            weight,
-            f16: is_f16("group_norm", x),
+            norm: *norm,
             vec4: channels.is_multiple_of(4),
             threads: row_threads(x.gpu()),
             channels,
@@ -77,55 +97,48 @@ impl<'a> GroupNorm<'a> {
                 groups: groups as u32,
                 chunk: chunk as u32,
                 chunks: pixels.div_ceil(chunk) as u32,
-                has_weight: u32::from(weight.is_some()),
-                has_bias: u32::from(bias.is_some()),
-                eps,
+                has_weight: u32::from(norm.weight.is_some()),
+                has_bias: u32::from(norm.bias.is_some()),
+                eps: norm.eps,
             },
         }
     }
 
-    /// Channels in units of the kernel's `V`.
-    fn units(&self) -> u32 {
-        (self.channels / if self.vec4 { 4 } else { 1 }) as u32
-    }
-
-    /// A stage with a thread for each channel and chunk of pixels.
-    fn by_chunk(&self, stage: i32, tensors: &[&Tensor]) {
+    /// A stage whose threads walk `chunk` pixels of a channel each; `onto` where it takes an earlier gradient.
+    fn walk(&self, stage: i32, chunk: u32, tensors: &[&Tensor], onto: bool) {
+        let width = self.channels / if self.vec4 { 4 } else { 1 };
+        let pixels = self.params.pixels as usize;
+        let cut = columns(self.x.gpu(), pixels, width, chunk as usize);
+        assert!(stage != 0 || cut.chunk == chunk, "group_norm: {:?}", self.x);
+        let f16 = is_f16("group_norm", self.x);
+        let division = (cut.threads, cut.lanes);
+        let kernel = walk_kernel(
+            stage,
+            self.norm.silu && stage != 0,
+            f16,
+            self.vec4,
+            division,
+        );
         let params = Params {
-            width: self.units(),
+            width: width as u32,
+            chunk: cut.chunk,
             ..self.params
         };
+        let [x, y, _] = cut.groups;
         dispatch(
-            &kernel(stage, self.f16, self.vec4, self.threads),
+            &kernel.flag("ONTO", onto),
             tensors,
             &params,
-            [self.units().div_ceil(64), params.chunks, params.batch],
+            [x, y, self.params.batch],
         );
     }
 
-    /// A stage with a workgroup for each group; f32 only.
+    /// A stage with a workgroup for each group.
     fn by_group(&self, stage: i32, tensors: &[&Tensor]) {
-        dispatch(
-            &kernel(stage, false, false, self.threads),
-            tensors,
-            &self.params,
-            grid((self.params.batch * self.params.groups) as usize),
-        );
-    }
-
-    /// A stage with a thread for each element.
-    fn by_element(&self, stage: i32, tensors: &[&Tensor]) {
-        let params = Params {
-            width: self.units(),
-            ..self.params
-        };
-        let threads = self.x.elements() / if self.vec4 { 4 } else { 1 };
-        dispatch(
-            &kernel(stage, self.f16, self.vec4, self.threads),
-            tensors,
-            &params,
-            linear_groups(threads, THREADS),
-        );
+        // Wider than any row that is held in registers.
+        let kernel = row_kernel(self.x.gpu(), group_kernel(stage), usize::MAX, self.threads);
+        let groups = grid((self.params.batch * self.params.groups) as usize);
+        dispatch(&kernel, tensors, &self.params, groups);
     }
 
     /// f32 [batch, 2, channels].
@@ -143,76 +156,73 @@ impl<'a> GroupNorm<'a> {
     /// Mean and rstd of each channel's group.
     fn statistics(&self) -> Tensor {
         let (moments, statistics) = (self.per_chunk(), self.per_channel());
-        self.by_chunk(0, &[self.x, &moments]);
+        self.walk(0, self.params.chunk, &[self.x, &moments], false);
         self.by_group(1, &[&moments, &statistics]);
         statistics
     }
 
-    fn forward(&self, bias: Option<&Tensor>) -> Tensor {
+    /// Weight and bias, or what is bound in their place and never read.
+    fn affine<'b>(&self, instead: &'b Tensor) -> [&'b Tensor; 2]
+    where
+        'a: 'b,
+    {
+        [self.norm.weight, self.norm.bias].map(|t| t.unwrap_or(instead))
+    }
+
+    fn forward(&self) -> (Tensor, Tensor) {
         let y = Tensor::empty(self.x.gpu(), self.x.dtype(), self.x.shape());
         let statistics = self.statistics();
-        // A missing weight or bias binds the statistics in its place and is never read.
-        let (w, b) = (
-            self.weight.unwrap_or(&statistics),
-            bias.unwrap_or(&statistics),
-        );
-        self.by_element(2, &[self.x, &statistics, w, b, &y]);
-        y
+        let [w, b] = self.affine(&statistics);
+        self.walk(2, self.step(), &[self.x, &statistics, w, b, &y], false);
+        (y, statistics)
+    }
+
+    /// Pixels that a thread of the stages over all elements walks.
+    fn step(&self) -> u32 {
+        if self.x.gpu().tier().cpu { 64 } else { 4 }
     }
 }
 
-/// (x − mean)/√(variance + eps)·weight + bias, mean and biased variance over the pixels and the
-/// channels of a group.
-///
-/// `x` [batch, .., channels] f32 or f16, channels last; `weight` and `bias` f32 `[channels]`, either
-/// may be missing. Same shape and dtype as `x` (Wu & He 2018; `groups` = channels is instance norm).
-pub fn group_norm(
-    x: &Tensor,
-    groups: usize,
-    weight: Option<&Tensor>,
-    bias: Option<&Tensor>,
-    eps: f32,
-) -> Tensor {
-    GroupNorm::new(x, groups, weight, bias, eps).forward(bias)
+/// The norm of `x` [batch, .., channels] f32 or f16, channels last, in its shape and dtype; and what
+/// [`group_norm_backward`] needs of it, f32 [batch, 2, channels]: mean and 1/√(variance + eps) of each channel's group.
+pub fn group_norm(x: &Tensor, norm: &GroupNorm) -> (Tensor, Tensor) {
+    Plan::new(x, norm).forward()
 }
 
 /// [`group_norm`] with the workgroup size chosen by the caller: 8 fits CPU drivers, 128 GPUs.
-pub fn group_norm_with(
-    x: &Tensor,
-    groups: usize,
-    weight: Option<&Tensor>,
-    bias: Option<&Tensor>,
-    eps: f32,
-    threads: u32,
-) -> Tensor {
-    GroupNorm {
+pub fn group_norm_with(x: &Tensor, norm: &GroupNorm, threads: u32) -> (Tensor, Tensor) {
+    Plan {
         threads,
-        ..GroupNorm::new(x, groups, weight, bias, eps)
+        ..Plan::new(x, norm)
     }
-    .forward(bias)
+    .forward()
 }
 
-/// Gradients of [`group_norm`]; those of the weight and bias only when `affine`.
+/// Gradients of [`group_norm`] with its `statistics`, dx added to `onto` where given; those of the weight and bias only
+/// when `affine`.
 pub fn group_norm_backward(
     x: &Tensor,
-    groups: usize,
-    weight: Option<&Tensor>,
+    statistics: &Tensor,
     dy: &Tensor,
-    eps: f32,
+    onto: Option<&Tensor>,
+    norm: &GroupNorm,
     affine: bool,
 ) -> NormGradients {
+    let alike = |t: &Tensor| x.elements() == t.elements() && x.dtype() == t.dtype();
     assert!(
-        x.shape() == dy.shape() && x.dtype() == dy.dtype(),
-        "group_norm_backward: x {x:?}, dy {dy:?}"
+        alike(dy) && onto.is_none_or(alike),
+        "group_norm_backward: x {x:?}, dy {dy:?}, onto {onto:?}"
     );
-    let op = GroupNorm::new(x, groups, weight, None, eps);
-    let statistics = op.statistics();
+    let op = Plan::new(x, norm);
+    let [w, b] = op.affine(statistics);
     let (partial, sums, means) = (op.per_chunk(), op.per_channel(), op.per_channel());
-    op.by_chunk(3, &[x, dy, &statistics, &partial]);
-    op.by_group(4, &[&partial, weight.unwrap_or(&statistics), &sums, &means]);
+    let tensors = [x, statistics, w, b, dy, &partial];
+    op.walk(3, op.params.chunk, &tensors, false);
+    op.by_group(4, &[&partial, w, &sums, &means]);
     let dx = Tensor::empty(x.gpu(), x.dtype(), x.shape());
-    let w = weight.unwrap_or(&statistics);
-    op.by_element(5, &[x, dy, &statistics, w, &means, &dx]);
+    let earlier = onto.unwrap_or(x);
+    let tensors = [x, statistics, w, b, dy, &means, earlier, &dx];
+    op.walk(5, op.step(), &tensors, onto.is_some());
     let total = affine.then(|| fold_rows(&sums));
     let row = |i: usize| {
         total
@@ -229,12 +239,17 @@ pub fn group_norm_backward(
 /// All kernels of this op.
 pub fn variants() -> Vec<Kernel> {
     let mut all = Vec::new();
-    for threads in [8, 128] {
-        all.extend([1, 4].map(|stage| kernel(stage, false, false, threads)));
+    for (subgroup, threads) in [(true, 8), (false, 8), (false, 128)] {
+        let kernel = |stage| row_variant(group_kernel(stage), subgroup, usize::MAX, threads);
+        all.extend([1, 4].map(kernel));
     }
-    for stage in [0, 2, 3, 5] {
-        for (f16, vec4) in [(false, false), (false, true), (true, false), (true, true)] {
-            all.push(kernel(stage, f16, vec4, 8));
+    for (f16, vec4) in [(false, false), (false, true), (true, false), (true, true)] {
+        for cut in COLUMN_THREADS {
+            all.push(walk_kernel(0, false, f16, vec4, cut));
+            for stage in [2, 3, 5] {
+                let kernel = |silu| walk_kernel(stage, silu, f16, vec4, cut);
+                all.extend([kernel(false), kernel(true).flag("ONTO", stage == 5)]);
+            }
         }
     }
     all

@@ -1,12 +1,14 @@
 //! Updates of a tensor in place: fill, scale, accumulate. Never on a tensor that a tape holds.
 
-use super::{THREADS, dispatch, is_f16, linear_groups};
+use super::{LINE_THREADS, dispatch, is_f16, line};
 use crate::gpu::Kernel;
 use crate::tensor::{DType, Tensor};
 
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 struct Params {
+    vectors: u32,
+    chunk: u32,
     elements: u32,
     value: f32,
 }
@@ -20,16 +22,21 @@ enum Mode {
     Add,
 }
 
-fn kernel(mode: Mode, f16: bool, other16: bool) -> Kernel {
+fn kernel(mode: Mode, f16: bool, other16: bool, threads: u32) -> Kernel {
     Kernel::new("in_place")
         .def("MODE", mode as i32)
         .flag("F16", f16 || other16)
         .flag("X16", f16)
         .flag("OTHER16", other16)
+        .def("WG", threads as i32)
 }
 
 fn run(op: &str, x: &Tensor, other: Option<&Tensor>, mode: Mode, value: f32) {
+    let vectors = x.elements().div_ceil(4);
+    let line = line(x.gpu(), vectors);
     let params = Params {
+        vectors: vectors as u32,
+        chunk: line.chunk,
         elements: x.elements() as u32,
         value,
     };
@@ -37,10 +44,10 @@ fn run(op: &str, x: &Tensor, other: Option<&Tensor>, mode: Mode, value: f32) {
     tensors.extend(other);
     let other16 = other.is_some_and(|t| is_f16(op, t));
     dispatch(
-        &kernel(mode, is_f16(op, x), other16),
+        &kernel(mode, is_f16(op, x), other16, line.threads),
         &tensors,
         &params,
-        linear_groups(x.elements().div_ceil(4), THREADS),
+        line.groups,
     );
 }
 
@@ -76,9 +83,10 @@ pub fn add_in_place(x: &Tensor, other: &Tensor, factor: f32) {
 /// All kernels of this op.
 pub fn variants() -> Vec<Kernel> {
     let mut all = Vec::new();
-    for f16 in [false, true] {
-        all.extend([Mode::Fill, Mode::Scale, Mode::ScaleBy].map(|mode| kernel(mode, f16, false)));
-        all.extend([false, true].map(|other16| kernel(Mode::Add, f16, other16)));
+    for (f16, threads) in [false, true].into_iter().zip(LINE_THREADS) {
+        let alone = [Mode::Fill, Mode::Scale, Mode::ScaleBy];
+        all.extend(alone.map(|mode| kernel(mode, f16, false, threads)));
+        all.extend([false, true].map(|other16| kernel(Mode::Add, f16, other16, threads)));
     }
     all
 }

@@ -1,6 +1,8 @@
 //! Layer norm over the last dimension, with f32 statistics.
 
-use super::{THREADS, dispatch, grid, is_f16, linear_groups, row_threads};
+use super::{
+    THREADS, dispatch, grid, held, is_f16, linear_groups, row_kernel, row_threads, row_variant,
+};
 use crate::gpu::Kernel;
 use crate::tensor::{DType, Tensor};
 
@@ -14,19 +16,16 @@ struct Params {
     width: u32,
     elements: f32,
     eps: f32,
-    has_weight: u32,
-    has_bias: u32,
     chunk: u32,
     chunks: u32,
 }
 
-fn kernel(stage: i32, rms: bool, f16: bool, vec4: bool, threads: u32) -> Kernel {
+fn kernel(stage: i32, rms: bool, f16: bool, vec4: bool) -> Kernel {
     Kernel::new("layer_norm")
         .def("STAGE", stage)
         .flag("RMS", rms)
         .flag("F16", f16)
         .flag("VEC4", vec4)
-        .def("WG", threads as i32)
 }
 
 /// Gradients of a norm with an affine part.
@@ -49,13 +48,13 @@ pub(super) struct RowNorm {
 
 impl RowNorm {
     fn kernel(&self, stage: i32, x: &Tensor) -> Kernel {
-        kernel(
-            stage,
-            self.rms,
-            is_f16(self.op, x),
-            vec4(x.last_dim()),
-            self.threads,
-        )
+        let columns = x.last_dim();
+        kernel(stage, self.rms, is_f16(self.op, x), vec4(columns))
+    }
+
+    fn row_kernel(&self, stage: i32, x: &Tensor) -> Kernel {
+        let width = units(x.last_dim());
+        row_kernel(x.gpu(), self.kernel(stage, x), width, self.threads)
     }
 
     fn params(&self, x: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>) -> Params {
@@ -72,66 +71,108 @@ impl RowNorm {
             width: units(columns) as u32,
             elements: columns as f32,
             eps: self.eps,
-            has_weight: u32::from(weight.is_some()),
-            has_bias: u32::from(bias.is_some()),
             ..Params::default()
         }
     }
 
     pub fn forward(&self, x: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>) -> Tensor {
         let y = Tensor::empty(x.gpu(), x.dtype(), x.shape());
-        let params = self.params(x, weight, bias);
+        let rows = x.elements() / x.last_dim().max(1);
+        let params = Params {
+            chunk: rows_at_once(rows, x.last_dim(), self.threads) as u32,
+            ..self.params(x, weight, bias)
+        };
         // A missing weight or bias binds x in its place and is never read.
         let (w, b) = (weight.unwrap_or(x), bias.unwrap_or(x));
         dispatch(
-            &self.kernel(0, x),
+            &self
+                .row_kernel(0, x)
+                .flag("WEIGHT", weight.is_some())
+                .flag("BIAS", bias.is_some()),
             &[x, w, b, &y],
             &params,
-            grid(params.rows as usize),
+            grid(rows.div_ceil(params.chunk as usize)),
         );
         y
     }
 
-    /// dx and, when asked, [2, columns] f32: Σ dy·x̂ and Σ dy over the rows.
+    /// dx, added to `onto` where given, and, when asked, [2, columns] f32: Σ dy·x̂ and Σ dy over the rows.
     pub fn backward(
         &self,
         x: &Tensor,
         weight: Option<&Tensor>,
         dy: &Tensor,
+        onto: Option<&Tensor>,
         sums: bool,
     ) -> (Tensor, Option<Tensor>) {
+        let alike = |t: &Tensor| x.elements() == t.elements() && x.dtype() == t.dtype();
         assert!(
-            x.shape() == dy.shape() && x.dtype() == dy.dtype(),
-            "{} backward: x {x:?}, dy {dy:?}",
+            alike(dy) && onto.is_none_or(alike),
+            "{} backward: x {x:?}, dy {dy:?}, onto {onto:?}",
             self.op
         );
-        let params = self.params(x, weight, None);
-        let (rows, columns) = (params.rows as usize, x.last_dim());
-        let dx = Tensor::empty(x.gpu(), x.dtype(), x.shape());
-        let statistics = Tensor::empty(x.gpu(), DType::F32, &[rows, 2]);
-        dispatch(
-            &self.kernel(1, x),
-            &[x, weight.unwrap_or(x), dy, &dx, &statistics],
-            &params,
-            grid(rows),
-        );
-        if !sums {
-            return (dx, None);
-        }
-        // At most 1024 chunks, so that the second stage stays short.
+        let (gpu, columns) = (x.gpu(), x.last_dim());
+        let rows = x.elements() / columns.max(1);
+        let held = held(units(columns), self.threads).is_some();
+        let chunk = match sums && held {
+            true if self.threads == 8 => rows.div_ceil(64).clamp(1, 32),
+            true => rows.div_ceil(256),
+            false => rows_at_once(rows, columns, self.threads),
+        };
+        let groups = rows.div_ceil(chunk);
+        let dx = Tensor::empty(gpu, x.dtype(), x.shape());
+        // Sums of a workgroup's rows, or what a second pass over wide rows needs.
+        let extra = match (held, sums) {
+            (true, true) => Some(Tensor::empty(gpu, DType::F32, &[groups, 2, columns])),
+            (true, false) => None,
+            (false, _) => Some(Tensor::empty(gpu, DType::F32, &[rows, 2])),
+        };
+        let params = Params {
+            chunk: chunk as u32,
+            ..self.params(x, weight, None)
+        };
+        let kernel = self
+            .row_kernel(1, x)
+            .flag("WEIGHT", weight.is_some())
+            .flag("ONTO", onto.is_some())
+            .flag("SUMS", sums && held);
+        let mut tensors = vec![x, weight.unwrap_or(x), dy, onto.unwrap_or(x), &dx];
+        tensors.extend(extra.as_ref());
+        dispatch(&kernel, &tensors, &params, grid(groups));
+        let partial = match extra {
+            Some(statistics) if sums && !held => Some(self.column_sums(x, dy, &statistics)),
+            extra => extra.filter(|_| sums),
+        };
+        let total = partial.map(|partial| fold_rows(&partial).reshape(&[2, columns]));
+        (dx, total)
+    }
+
+    /// f32 [chunks, 2, columns] of the rows' `statistics`.
+    fn column_sums(&self, x: &Tensor, dy: &Tensor, statistics: &Tensor) -> Tensor {
+        let (rows, columns) = (statistics.dim(0), x.last_dim());
+        // At most 1024 chunks, so that folding them stays short.
         let chunk = CHUNK.max(rows.div_ceil(1024));
         let chunks = rows.div_ceil(chunk);
         let partial = Tensor::empty(x.gpu(), DType::F32, &[chunks, 2, columns]);
+        let params = Params {
+            chunk: chunk as u32,
+            ..self.params(x, None, None)
+        };
         dispatch(
             &self.kernel(2, x),
-            &[x, dy, &statistics, &partial],
-            &Params {
-                chunk: chunk as u32,
-                ..params
-            },
+            &[x, dy, statistics, &partial],
+            &params,
             [units(columns).div_ceil(64) as u32, chunks as u32, 1],
         );
-        (dx, Some(fold_rows(&partial).reshape(&[2, columns])))
+        partial
+    }
+}
+
+/// Rows that a workgroup takes: several short ones on CPU drivers, which pay for each workgroup.
+pub(super) fn rows_at_once(rows: usize, columns: usize, threads: u32) -> usize {
+    match threads {
+        8 => (2048 / columns.max(1)).clamp(1, rows.div_ceil(64).max(1)),
+        _ => 1,
     }
 }
 
@@ -150,7 +191,7 @@ pub(super) fn fold_rows(x: &Tensor) -> Tensor {
     let columns = x.elements() / rows.max(1);
     let sums = Tensor::empty(x.gpu(), DType::F32, &x.shape()[1..]);
     dispatch(
-        &kernel(3, false, false, vec4(columns), 8),
+        &kernel(3, false, false, vec4(columns)),
         &[x, &sums],
         &Params {
             width: units(columns) as u32,
@@ -193,15 +234,16 @@ pub fn layer_norm_with(
     .forward(x, weight, bias)
 }
 
-/// Gradients of [`layer_norm`]; those of the weight and bias only when `affine`.
+/// Gradients of [`layer_norm`], dx added to `onto` where given; those of the weight and bias only when `affine`.
 pub fn layer_norm_backward(
     x: &Tensor,
     weight: Option<&Tensor>,
     dy: &Tensor,
+    onto: Option<&Tensor>,
     eps: f32,
     affine: bool,
 ) -> NormGradients {
-    let (dx, sums) = layer_norm_op(x, eps).backward(x, weight, dy, affine);
+    let (dx, sums) = layer_norm_op(x, eps).backward(x, weight, dy, onto, affine);
     NormGradients {
         dx,
         dweight: sums
@@ -216,14 +258,25 @@ pub fn layer_norm_backward(
 /// All kernels of this op and of [`super::rms_norm`].
 pub fn variants() -> Vec<Kernel> {
     let mut all = vec![
-        kernel(3, false, false, false, 8),
-        kernel(3, false, false, true, 8),
+        kernel(3, false, false, false),
+        kernel(3, false, false, true),
     ];
-    for stage in 0..3 {
-        for (rms, f16) in [(false, false), (false, true), (true, false), (true, true)] {
-            for (vec4, threads) in [(false, 8), (true, 128)] {
-                all.push(kernel(stage, rms, f16, vec4, threads));
+    for (rms, f16) in [(false, false), (false, true), (true, false), (true, true)] {
+        // Held whole, held in part, too wide; on CPU drivers with and without subgroups, on GPUs.
+        for (vec4, subgroup, width, threads) in [
+            (true, true, 144, 8),
+            (false, false, 77, 8),
+            (true, false, 144, 128),
+            (false, true, 1000, 8),
+        ] {
+            let row = |stage| row_variant(kernel(stage, rms, f16, vec4), subgroup, width, threads);
+            let affine = row(0).flag("WEIGHT", true).flag("BIAS", true);
+            all.extend([row(0), affine, row(1), row(1).flag("WEIGHT", true)]);
+            if held(width, threads).is_some() {
+                let all_of_it = row(1).flag("WEIGHT", true).flag("ONTO", true);
+                all.push(all_of_it.flag("SUMS", true));
             }
+            all.push(kernel(2, rms, f16, vec4));
         }
     }
     all

@@ -17,6 +17,7 @@ pub mod embedding;
 pub mod finite;
 pub mod fma_probe;
 pub mod gather_rows;
+pub mod geglu;
 pub mod grad_norm;
 pub mod group_norm;
 pub mod in_place;
@@ -32,13 +33,14 @@ pub mod resize_bilinear;
 pub mod rms_norm;
 pub mod rotary;
 mod rows;
+mod sets;
 pub mod slice;
 pub mod softmax;
 pub mod swiglu;
 pub mod unary;
 pub mod upsample_nearest2x;
 
-use crate::gpu::{Binding, Kernel};
+use crate::gpu::{Binding, Gpu, Kernel};
 use crate::tensor::{DType, Tensor};
 
 /// Threads in the workgroup of the elementwise kernels.
@@ -58,6 +60,7 @@ pub fn variants() -> Vec<Kernel> {
         cross_entropy::variants(),
         embedding::variants(),
         gather_rows::variants(),
+        geglu::variants(),
         group_norm::variants(),
         layer_norm::variants(),
         loss_scale::variants(),
@@ -118,6 +121,67 @@ pub(crate) fn grid(groups: usize) -> [u32; 3] {
     [groups.div_ceil(y), y, 1]
 }
 
+/// How a kernel over a line of vectors is cut: workgroups of `threads`, each taking `chunk` vectors.
+#[derive(Clone, Copy)]
+pub(crate) struct Line {
+    pub threads: u32,
+    pub chunk: u32,
+    pub groups: [u32; 3],
+}
+
+/// Workgroup sizes that [`line`] chooses from.
+pub(crate) const LINE_THREADS: [u32; 2] = [8, THREADS];
+
+/// A CPU driver pays for each workgroup and runs one SIMD register of it at a time: few and long ones are fast there.
+pub(crate) fn line(gpu: &Gpu, vectors: usize) -> Line {
+    let (threads, chunk) = match gpu.tier().cpu {
+        true => (8, (vectors / 64).clamp(64, 1024).next_multiple_of(8)),
+        false => (THREADS, THREADS as usize * (vectors >> 20).clamp(1, 4)),
+    };
+    Line {
+        threads,
+        chunk: chunk as u32,
+        groups: grid(vectors.div_ceil(chunk)),
+    }
+}
+
+/// How a kernel over the columns of a matrix is cut: a workgroup's `threads` are `lanes` neighbouring columns of
+/// `threads / lanes` blocks of `chunk` rows.
+#[derive(Clone, Copy)]
+pub(crate) struct Columns {
+    pub threads: u32,
+    pub lanes: u32,
+    pub chunk: u32,
+    pub groups: [u32; 3],
+}
+
+/// Workgroup sizes and lanes that [`columns`] chooses from.
+pub(crate) const COLUMN_THREADS: [(u32, u32); 2] = [(8, 8), (THREADS, 16)];
+
+/// Vectors of a row that [`columns`] takes on every adapter.
+pub(crate) const WIDEST_ROW: usize = 8 * MAX_GROUPS as usize;
+
+/// Cuts `rows` of at most [`WIDEST_ROW`] vectors, at least `least` rows a thread.
+pub(crate) fn columns(gpu: &Gpu, rows: usize, width: usize, least: usize) -> Columns {
+    let ((threads, lanes), least) = match gpu.tier().cpu {
+        true => (COLUMN_THREADS[0], least.max(64)),
+        false => (COLUMN_THREADS[1], least),
+    };
+    assert!(width <= WIDEST_ROW, "a row of {width} vectors");
+    let blocks = (threads / lanes) as usize;
+    let chunk = least.max(rows.div_ceil(blocks * MAX_GROUPS as usize));
+    Columns {
+        threads,
+        lanes,
+        chunk: chunk as u32,
+        groups: [
+            width.div_ceil(lanes as usize) as u32,
+            rows.div_ceil(blocks * chunk) as u32,
+            1,
+        ],
+    }
+}
+
 /// A grid with one thread for each of `threads`, in workgroups of `size`.
 pub(crate) fn linear_groups(threads: usize, size: u32) -> [u32; 3] {
     grid(threads.div_ceil(size as usize))
@@ -138,17 +202,37 @@ pub(crate) fn two_bytes(x: &Tensor) -> bool {
 }
 
 /// Threads of the kernels that reduce a row in a workgroup: one SIMD register on CPU drivers.
-pub(crate) fn row_threads(gpu: &crate::gpu::Gpu) -> u32 {
+pub(crate) fn row_threads(gpu: &Gpu) -> u32 {
     if gpu.tier().cpu { 8 } else { 128 }
+}
+
+/// Completes a kernel that reduces rows of `width` vectors, a workgroup of `threads` a row: how it sums over the workgroup,
+/// and how many vectors a thread keeps in registers where a row fits there.
+pub(crate) fn row_kernel(gpu: &Gpu, kernel: Kernel, width: usize, threads: u32) -> Kernel {
+    let tier = gpu.tier();
+    let subgroup = tier.subgroup && tier.subgroup_size == (threads, threads);
+    row_variant(kernel, subgroup, width, threads)
+}
+
+pub(crate) fn row_variant(kernel: Kernel, subgroup: bool, width: usize, threads: u32) -> Kernel {
+    let held = held(width, threads);
+    kernel
+        .flag("SUBGROUP", subgroup)
+        .flag("WHOLE", held.is_some() && width % threads as usize == 0)
+        .def("WG", threads as i32)
+        .defs("HELD", held.map(|n| n as i32))
+}
+
+/// Vectors of a row that each of `threads` keeps in registers; `None` where they are too many. CPU drivers unroll loops up
+/// to about a hundred statements and fall to a third of the speed beyond.
+pub(crate) fn held(width: usize, threads: u32) -> Option<usize> {
+    let each = width.div_ceil(threads as usize).max(1);
+    (each <= if threads == 8 { 24 } else { 16 }).then_some(each)
 }
 
 /// Splits `rows` of `row_bytes` each into ranges (start, len) that each fit one storage binding and
 /// start where a view may start.
-pub(crate) fn row_ranges(
-    gpu: &crate::gpu::Gpu,
-    rows: usize,
-    row_bytes: usize,
-) -> Vec<(usize, usize)> {
+pub(crate) fn row_ranges(gpu: &Gpu, rows: usize, row_bytes: usize) -> Vec<(usize, usize)> {
     row_ranges_under(
         rows,
         row_bytes,

@@ -29,15 +29,16 @@ pub fn rms_norm_with(x: &Tensor, weight: Option<&Tensor>, eps: f32, threads: u32
     .forward(x, weight, None)
 }
 
-/// Gradients of [`rms_norm`]; that of the weight only when `affine`, no bias.
+/// Gradients of [`rms_norm`], dx added to `onto` where given; that of the weight only when `affine`, no bias.
 pub fn rms_norm_backward(
     x: &Tensor,
     weight: Option<&Tensor>,
     dy: &Tensor,
+    onto: Option<&Tensor>,
     eps: f32,
     affine: bool,
 ) -> NormGradients {
-    let (dx, sums) = rms_norm_op(x, eps).backward(x, weight, dy, affine);
+    let (dx, sums) = rms_norm_op(x, eps).backward(x, weight, dy, onto, affine);
     NormGradients {
         dx,
         dweight: sums.map(|s| s.narrow(0, 1).reshape(&[x.last_dim()])),

@@ -194,14 +194,14 @@ pub(crate) fn unpacked_panels(source: &QuantizedMatrix, s: &Strided) -> Tensor {
     packed
 }
 
-/// `s` as f32 [batch, rows, columns padded to a multiple of 4], zeros past the edges; one block.
+/// `s` as f32 [batch, blocks · rows, columns padded to a multiple of 4], zeros past the edges.
 pub(crate) fn padded_rows(source: &Tensor, s: &Strided) -> Tensor {
     let width = s.columns.next_multiple_of(4);
     pack(
         source,
         s,
         s.rows,
-        &[s.batch, s.rows, width],
+        &[s.batch, s.blocks * s.rows, width],
         [width, width, TILE[1]],
     )
 }

@@ -1,6 +1,7 @@
 //! Softmax over the last dimension.
 
-use super::{dispatch, grid, is_f16, row_threads};
+use super::layer_norm::rows_at_once;
+use super::{dispatch, grid, is_f16, row_kernel, row_threads, row_variant};
 use crate::gpu::Kernel;
 use crate::tensor::Tensor;
 
@@ -9,28 +10,34 @@ use crate::tensor::Tensor;
 struct Params {
     rows: u32,
     width: u32,
+    chunk: u32,
 }
 
-fn kernel(backward: bool, f16: bool, vec4: bool, threads: u32) -> Kernel {
+fn kernel(backward: bool, f16: bool, vec4: bool) -> Kernel {
     Kernel::new("softmax")
         .flag("BACKWARD", backward)
         .flag("F16", f16)
         .flag("VEC4", vec4)
-        .def("WG", threads as i32)
 }
 
 fn launch(op: &str, backward: bool, tensors: &[&Tensor], threads: u32) {
     let (x, columns) = (tensors[0], tensors[0].last_dim());
     let vec4 = columns.is_multiple_of(4);
-    let rows = x.elements() / columns.max(1);
+    let (rows, width) = (
+        x.elements() / columns.max(1),
+        columns / if vec4 { 4 } else { 1 },
+    );
+    let chunk = rows_at_once(rows, columns, threads);
+    let kernel = kernel(backward, is_f16(op, x), vec4);
     dispatch(
-        &kernel(backward, is_f16(op, x), vec4, threads),
+        &row_kernel(x.gpu(), kernel, width, threads),
         tensors,
         &Params {
             rows: rows as u32,
-            width: (columns / if vec4 { 4 } else { 1 }) as u32,
+            width: width as u32,
+            chunk: chunk as u32,
         },
-        grid(rows),
+        grid(rows.div_ceil(chunk)),
     );
 }
 
@@ -66,8 +73,13 @@ pub fn softmax_backward(y: &Tensor, dy: &Tensor) -> Tensor {
 pub fn variants() -> Vec<Kernel> {
     let mut all = Vec::new();
     for (backward, f16) in [(false, false), (false, true), (true, false), (true, true)] {
-        for (vec4, threads) in [(false, 8), (true, 128)] {
-            all.push(kernel(backward, f16, vec4, threads));
+        for (vec4, subgroup, width, threads) in [
+            (false, true, 77, 8),
+            (true, false, 1000, 8),
+            (true, false, 256, 128),
+        ] {
+            let kernel = kernel(backward, f16, vec4);
+            all.push(row_variant(kernel, subgroup, width, threads));
         }
     }
     all

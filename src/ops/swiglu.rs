@@ -1,6 +1,6 @@
 //! SwiGLU's product: silu(gate)·up (Shazeer 2020, as in Llama's MLP).
 
-use super::{THREADS, dispatch, is_f16, linear_groups};
+use super::{LINE_THREADS, dispatch, is_f16, line};
 use crate::gpu::Kernel;
 use crate::tensor::Tensor;
 
@@ -8,12 +8,29 @@ use crate::tensor::Tensor;
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 struct Params {
     vectors: u32,
+    chunk: u32,
 }
 
-fn kernel(backward: bool, f16: bool) -> Kernel {
+fn kernel(backward: bool, f16: bool, threads: u32) -> Kernel {
     Kernel::new("swiglu")
         .flag("BACKWARD", backward)
         .flag("F16", f16)
+        .def("WG", threads as i32)
+}
+
+fn run(op: &str, tensors: &[&Tensor]) {
+    let gate = tensors[0];
+    let vectors = gate.elements().div_ceil(4);
+    let line = line(gate.gpu(), vectors);
+    dispatch(
+        &kernel(tensors.len() == 5, is_f16(op, gate), line.threads),
+        tensors,
+        &Params {
+            vectors: vectors as u32,
+            chunk: line.chunk,
+        },
+        line.groups,
+    );
 }
 
 /// silu(gate)·up, elementwise; shapes and dtypes alike.
@@ -23,16 +40,7 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Tensor {
         "swiglu: {gate:?} and {up:?}"
     );
     let y = Tensor::empty(gate.gpu(), gate.dtype(), gate.shape());
-    let vectors = y.elements().div_ceil(4);
-    let params = Params {
-        vectors: vectors as u32,
-    };
-    dispatch(
-        &kernel(false, is_f16("swiglu", gate)),
-        &[gate, up, &y],
-        &params,
-        linear_groups(vectors, THREADS),
-    );
+    run("swiglu", &[gate, up, &y]);
     y
 }
 
@@ -45,23 +53,15 @@ pub fn swiglu_backward(gate: &Tensor, up: &Tensor, dy: &Tensor) -> (Tensor, Tens
     );
     let dgate = Tensor::empty(gate.gpu(), gate.dtype(), gate.shape());
     let dup = Tensor::empty(gate.gpu(), gate.dtype(), gate.shape());
-    let vectors = gate.elements().div_ceil(4);
-    let params = Params {
-        vectors: vectors as u32,
-    };
-    dispatch(
-        &kernel(true, is_f16("swiglu_backward", gate)),
-        &[gate, up, dy, &dgate, &dup],
-        &params,
-        linear_groups(vectors, THREADS),
-    );
+    run("swiglu_backward", &[gate, up, dy, &dgate, &dup]);
     (dgate, dup)
 }
 
 /// All kernels of this op.
 pub fn variants() -> Vec<Kernel> {
-    [false, true]
-        .into_iter()
-        .flat_map(|backward| [kernel(backward, false), kernel(backward, true)])
-        .collect()
+    let mut all = Vec::new();
+    for (backward, f16) in [(false, false), (false, true), (true, false), (true, true)] {
+        all.extend(LINE_THREADS.map(|threads| kernel(backward, f16, threads)));
+    }
+    all
 }

@@ -1,6 +1,6 @@
 //! Elementwise functions of one tensor.
 
-use super::{THREADS, dispatch, is_f16, linear_groups};
+use super::{LINE_THREADS, dispatch, is_f16, line};
 use crate::gpu::Kernel;
 use crate::tensor::Tensor;
 
@@ -38,6 +38,23 @@ pub enum Unary {
 }
 
 impl Unary {
+    const ALL: [Unary; 14] = [
+        Unary::Silu,
+        Unary::GeluTanh,
+        Unary::GeluErf,
+        Unary::QuickGelu,
+        Unary::Relu,
+        Unary::Relu6,
+        Unary::LeakyRelu(0.1),
+        Unary::Tanh,
+        Unary::Sigmoid,
+        Unary::Exp,
+        Unary::Log,
+        Unary::Square,
+        Unary::Sqrt,
+        Unary::Affine(1.0, 0.0),
+    ];
+
     /// Number of the function in `wgsl/common/activation.wgsl` and its two parameters.
     pub(crate) fn code(self) -> (i32, [f32; 2]) {
         match self {
@@ -62,57 +79,64 @@ impl Unary {
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 struct Params {
-    elements: u32,
-    function: u32,
+    vectors: u32,
+    chunk: u32,
     a: f32,
     b: f32,
 }
 
-fn kernel(backward: bool, f16: bool) -> Kernel {
+fn kernel(function: Unary, backward: bool, f16: bool, threads: u32) -> Kernel {
     Kernel::new("unary")
+        .def("FUNCTION", function.code().0)
         .flag("BACKWARD", backward)
         .flag("F16", f16)
+        .def("WG", threads as i32)
 }
 
-fn params(x: &Tensor, function: Unary) -> Params {
-    let (code, [a, b]) = function.code();
-    Params {
-        elements: x.elements() as u32,
-        function: code as u32,
-        a,
-        b,
-    }
+fn run(op: &str, function: Unary, tensors: &[&Tensor]) {
+    let x = tensors[0];
+    let vectors = x.elements().div_ceil(4);
+    let line = line(x.gpu(), vectors);
+    let [a, b] = function.code().1;
+    dispatch(
+        &kernel(function, tensors.len() == 3, is_f16(op, x), line.threads),
+        tensors,
+        &Params {
+            vectors: vectors as u32,
+            chunk: line.chunk,
+            a,
+            b,
+        },
+        line.groups,
+    );
 }
 
 /// f(x), elementwise; same shape and dtype as `x`.
 pub fn unary(x: &Tensor, function: Unary) -> Tensor {
     let y = Tensor::empty(x.gpu(), x.dtype(), x.shape());
-    dispatch(
-        &kernel(false, is_f16("unary", x)),
-        &[x, &y],
-        &params(x, function),
-        linear_groups(x.elements().div_ceil(4), THREADS),
-    );
+    run("unary", function, &[x, &y]);
     y
 }
 
 /// dy·f′(x), elementwise.
 pub fn unary_backward(x: &Tensor, dy: &Tensor, function: Unary) -> Tensor {
-    assert_eq!(x.shape(), dy.shape(), "unary_backward");
-    let dx = Tensor::empty(x.gpu(), x.dtype(), x.shape());
-    dispatch(
-        &kernel(true, is_f16("unary_backward", x)),
-        &[x, &dx, dy],
-        &params(x, function),
-        linear_groups(x.elements().div_ceil(4), THREADS),
+    assert!(
+        x.shape() == dy.shape() && x.dtype() == dy.dtype(),
+        "unary_backward: {x:?} and {dy:?}"
     );
+    let dx = Tensor::empty(x.gpu(), x.dtype(), x.shape());
+    run("unary_backward", function, &[x, &dx, dy]);
     dx
 }
 
-/// All kernels of this op.
+/// All kernels of this op: every function, and one over every dtype and workgroup size.
 pub fn variants() -> Vec<Kernel> {
-    [false, true]
-        .into_iter()
-        .flat_map(|backward| [kernel(backward, false), kernel(backward, true)])
-        .collect()
+    let mut all = Vec::new();
+    for backward in [false, true] {
+        all.extend(Unary::ALL.map(|function| kernel(function, backward, false, 8)));
+        for threads in LINE_THREADS {
+            all.extend([false, true].map(|f16| kernel(Unary::Silu, backward, f16, threads)));
+        }
+    }
+    all
 }

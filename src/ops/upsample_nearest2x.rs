@@ -1,42 +1,50 @@
 //! Nearest-neighbour upsampling by two, channels last (the U-Net's and VAE's).
 
-use super::{THREADS, dispatch, is_f16, linear_groups};
+use super::{COLUMN_THREADS, columns, dispatch, is_f16};
 use crate::gpu::Kernel;
 use crate::tensor::Tensor;
+
+/// Pixels that a thread walks.
+const CHUNK: usize = 8;
 
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 struct Params {
-    threads: u32,
-    /// Width of the smaller image.
+    pixels: u32,
+    /// Of the smaller image.
     width: u32,
     /// Channels (or vec4s of them).
     channels: u32,
+    chunk: u32,
 }
 
-fn kernel(backward: bool, vec4: bool, f16: bool) -> Kernel {
+fn kernel(backward: bool, vec4: bool, f16: bool, (threads, lanes): (u32, u32)) -> Kernel {
     Kernel::new("upsample_nearest2x")
         .flag("BACKWARD", backward)
         .flag("VEC4", vec4)
         .flag("F16", f16)
+        .def("WG", threads as i32)
+        .def("LANES", lanes as i32)
 }
 
 fn run(op: &str, x: &Tensor, shape: &[usize], width: usize, backward: bool) -> Tensor {
     let y = Tensor::empty(x.gpu(), x.dtype(), shape);
-    let channels = x.last_dim();
-    let vec4 = channels.is_multiple_of(4);
-    let unit = if vec4 { 4 } else { 1 };
-    let threads = y.elements() / unit;
+    let vec4 = x.last_dim().is_multiple_of(4);
+    let channels = x.last_dim() / if vec4 { 4 } else { 1 };
+    let pixels = x.elements().min(y.elements()) / x.last_dim().max(1);
+    let columns = columns(x.gpu(), pixels, channels, CHUNK);
     let params = Params {
-        threads: threads as u32,
+        pixels: pixels as u32,
         width: width as u32,
-        channels: (channels / unit) as u32,
+        channels: channels as u32,
+        chunk: columns.chunk,
     };
+    let division = (columns.threads, columns.lanes);
     dispatch(
-        &kernel(backward, vec4, is_f16(op, x)),
+        &kernel(backward, vec4, is_f16(op, x), division),
         &[x, &y],
         &params,
-        linear_groups(threads, THREADS),
+        columns.groups,
     );
     y
 }
@@ -68,8 +76,11 @@ pub fn upsample_nearest2x_backward(dy: &Tensor) -> Tensor {
 
 /// All kernels of this op.
 pub fn variants() -> Vec<Kernel> {
-    [(false, false), (true, false), (false, true), (true, true)]
-        .into_iter()
-        .flat_map(|(vec4, f16)| [kernel(false, vec4, f16), kernel(true, vec4, f16)])
-        .collect()
+    let mut all = Vec::new();
+    for (vec4, f16) in [(false, false), (true, false), (false, true), (true, true)] {
+        for division in COLUMN_THREADS {
+            all.extend([false, true].map(|backward| kernel(backward, vec4, f16, division)));
+        }
+    }
+    all
 }

@@ -6,7 +6,7 @@ use crate::autograd::Gradients;
 use crate::error::Result;
 use crate::gpu::Gpu;
 use crate::nn::Parameter;
-use crate::ops::adamw::{AdamW, adamw};
+use crate::ops::adamw::{AdamW, Update, adamw_all};
 use crate::ops::grad_norm::{clip_scale, grad_norm};
 use crate::ops::loss_scale::unscale;
 use crate::tensor::{Checkpoint, DType, HostTensor, Tensor, save_safetensors};
@@ -111,15 +111,27 @@ impl Optimizer {
         if gpu.failing() {
             return Some(norm);
         }
-        for (slot, gradient) in &mut pairs {
+        // Those of one rate and count of updates go together.
+        for (slot, _) in &mut pairs {
             slot.steps += 1;
+        }
+        pairs.sort_by_key(|(slot, _)| (slot.steps, slot.rate.to_bits()));
+        for alike in pairs.chunk_by(|(a, _), (b, _)| (a.steps, a.rate) == (b.steps, b.rate)) {
             let settings = AdamW {
-                lr: lr * slot.rate,
-                step: slot.steps,
+                lr: lr * alike[0].0.rate,
+                step: alike[0].0.steps,
                 ..self.settings
             };
-            let weight = slot.parameter.var.value();
-            adamw(weight, gradient, &slot.m, &slot.v, &settings, Some(&factor));
+            let updates: Vec<Update> = alike
+                .iter()
+                .map(|(slot, grad)| Update {
+                    param: slot.parameter.var.value(),
+                    grad,
+                    m: &slot.m,
+                    v: &slot.v,
+                })
+                .collect();
+            adamw_all(&updates, &settings, Some(&factor));
         }
         Some(norm)
     }

@@ -239,19 +239,20 @@ impl SelfAttention {
         Ok(())
     }
 
-    /// Hidden states `[batch, tokens, hidden]` to the same, with the tapped probabilities if asked.
-    pub fn forward(
+    /// What normed hidden states `x` `[batch, tokens, hidden]` give, added to `onto`, with the tapped probabilities if
+    /// asked.
+    pub fn forward_onto(
         &self,
         x: &Var,
+        onto: &Var,
         positions: &Positions,
         mut cache: Option<&mut KvCache>,
         tap: Option<&AttentionTap>,
     ) -> (Var, Option<Var>) {
         let (cos, sin) = &positions.tables;
-        let queries = |x: Var| x.rotary(cos, sin, self.shape.heads);
-        let keys = |x: Var| x.rotary(cos, sin, self.shape.kv_heads);
-        let q = queries(self.query.forward(x));
-        let mut k = keys(self.key.forward(x));
+        let heads = [self.shape.heads, self.shape.kv_heads];
+        let (q, k) = (self.query.forward(x), self.key.forward(x));
+        let [q, mut k] = Var::rotary_pair([&q, &k], cos, sin, heads);
         let mut v = self.value.forward(x);
         if let Some(cache) = &mut cache {
             let (keys, values) = cache.append(k.value(), v.value());
@@ -264,9 +265,9 @@ impl SelfAttention {
         if let (Some(parallel), Some(picture)) = (&self.parallel, &positions.picture)
             && parallel.is_read(tap)
         {
-            let q = queries(parallel.query(x));
+            let q = parallel.query(x).rotary(cos, sin, heads[0]);
             let project = || {
-                let k = keys(parallel.key(x));
+                let k = parallel.key(x).rotary(cos, sin, heads[1]);
                 let v = parallel.value(x, &k);
                 (k, v)
             };
@@ -276,7 +277,7 @@ impl SelfAttention {
             };
             (attended, probs) = parallel.join((attended, probs), [&q, &k, &v], picture, tap);
         }
-        (self.output.forward(&attended), probs)
+        (self.output.forward_onto(&attended, onto), probs)
     }
 }
 
@@ -320,7 +321,15 @@ impl Mlp {
 
     /// down(silu(gate(x)) · up(x)).
     pub fn forward(&self, x: &Var) -> Var {
-        self.down
-            .forward(&swiglu(&self.gate.forward(x), &self.up.forward(x)))
+        self.down.forward(&self.inner(x))
+    }
+
+    /// `onto` + what [`Mlp::forward`] gives.
+    pub fn forward_onto(&self, x: &Var, onto: &Var) -> Var {
+        self.down.forward_onto(&self.inner(x), onto)
+    }
+
+    fn inner(&self, x: &Var) -> Var {
+        swiglu(&self.gate.forward(x), &self.up.forward(x))
     }
 }

@@ -64,9 +64,10 @@ impl Layer {
         tap: Option<&AttentionTap>,
     ) -> (Var, Option<Var>) {
         let normed = self.input_norm.forward(x);
-        let (update, probs) = self.attention.forward(&normed, positions, cache, tap);
-        let x = x.add(&update);
-        (x.add(&self.mlp.forward(&self.post_norm.forward(&x))), probs)
+        let attention = &self.attention;
+        let (x, probs) = attention.forward_onto(&normed, x, positions, cache, tap);
+        let normed = self.post_norm.forward(&x);
+        (self.mlp.forward_onto(&normed, &x), probs)
     }
 }
 

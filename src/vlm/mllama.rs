@@ -110,11 +110,10 @@ impl SelfLayer {
     }
 
     fn forward(&self, x: &Var, positions: &Positions, cache: Option<&mut KvCache>) -> Var {
-        let (update, _) =
-            self.attention
-                .forward(&self.input_norm.forward(x), positions, cache, None);
-        let x = x.add(&update);
-        x.add(&self.mlp.forward(&self.post_norm.forward(&x)))
+        let normed = self.input_norm.forward(x);
+        let attention = &self.attention;
+        let (x, _) = attention.forward_onto(&normed, x, positions, cache, None);
+        self.mlp.forward_onto(&self.post_norm.forward(&x), &x)
     }
 }
 

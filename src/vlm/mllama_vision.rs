@@ -196,21 +196,23 @@ impl Layer {
             self.key.forward(&h),
             self.value.forward(&h),
         );
-        let attended = self
-            .output
-            .forward(&attention(&q, &k, &v, self.shape, mask));
-        let x = self.gated(x, attended, |gates| &gates.0);
+        let attended = attention(&q, &k, &v, self.shape, mask);
+        let x = self.gated(x, &self.output, &attended, |gates| &gates.0);
         let h = self
             .fc1
             .forward(&self.post_norm.forward(&x))
             .unary(self.activation);
-        self.gated(&x, self.fc2.forward(&h), |gates| &gates.1)
+        self.gated(&x, &self.fc2, &h, |gates| &gates.1)
     }
 
-    fn gated(&self, x: &Var, update: Var, pick: impl Fn(&(Var, Var)) -> &Var) -> Var {
+    /// `x` plus what `layer` makes of `h`, through a gate where there are any.
+    fn gated(&self, x: &Var, layer: &Linear, h: &Var, pick: impl Fn(&(Var, Var)) -> &Var) -> Var {
         match &self.gates {
-            Some(gates) => x.add(&update.mul(&pick(gates).tanh().cast(x.dtype()))),
-            None => x.add(&update),
+            Some(gates) => {
+                let gate = pick(gates).tanh().cast(x.dtype());
+                x.add(&layer.forward(h).mul(&gate))
+            }
+            None => layer.forward_onto(h, x),
         }
     }
 }

@@ -57,12 +57,12 @@ impl Block {
             self.value.forward(&h),
         );
         let attended = attention(&q, &k, &v, self.shape, &AttentionMask::default());
-        let x = x.add(&self.output.forward(&attended));
+        let x = self.output.forward_onto(&attended, x);
         let h = self
             .fc1
             .forward(&self.norm2.forward(&x))
             .unary(self.activation);
-        x.add(&self.fc2.forward(&h))
+        self.fc2.forward_onto(&h, &x)
     }
 }
 

@@ -1,5 +1,7 @@
-use lavender_wgpu::ops::adamw::{AdamW, adamw};
+use lavender_wgpu::gpu::{Gpu, GpuOptions};
+use lavender_wgpu::ops::adamw::{AdamW, Update, adamw, adamw_all};
 use lavender_wgpu::ops::grad_norm::{clip_scale, grad_norm};
+use lavender_wgpu::ops::unary::{Unary, unary};
 use lavender_wgpu::tensor::{DType, Tensor};
 
 use crate::support::*;
@@ -105,4 +107,80 @@ fn a_norm_that_is_not_finite_leaves_weights_and_moments_alone() {
         assert_eq!(m.to_f32().unwrap(), [0.5; 5]);
         assert_eq!(v.to_f32().unwrap(), [0.25; 5]);
     }
+}
+
+#[test]
+fn tensors_updated_together_get_the_digits_of_those_updated_alone() {
+    let mut rng = rng(122);
+    let settings = AdamW {
+        lr: 1e-2,
+        betas: (0.9, 0.95),
+        eps: 1e-8,
+        weight_decay: 0.1,
+        decoupled: true,
+        step: 2,
+    };
+    // Tails of every length, one tensor of many workgroups, and more than one dispatch takes.
+    let sizes = [1, 2, 3, 4, 5, 64, 1031, 40_003, 7, 9, 300];
+    let mut set = || -> Vec<[Tensor; 4]> {
+        let mut tensor = |n: usize| upload(&uniform(&mut rng, n), DType::F32, &[n]).0;
+        // Second moments are squares.
+        let squares = |t: Tensor| unary(&t, Unary::Square);
+        sizes
+            .iter()
+            .map(|&n| [tensor(n), tensor(n), tensor(n), squares(tensor(n))])
+            .collect()
+    };
+    let together = set();
+    let alone: Vec<[Tensor; 4]> = together
+        .iter()
+        .map(|tensors| tensors.each_ref().map(Tensor::duplicate))
+        .collect();
+    let scale = Tensor::from_f32(gpu(), &[0.5], &[1]);
+    let updates: Vec<Update> = together
+        .iter()
+        .map(|[param, grad, m, v]| Update { param, grad, m, v })
+        .collect();
+    adamw_all(&updates, &settings, Some(&scale));
+    for ([w, g, m, v], changed) in alone.iter().zip(&together) {
+        adamw(w, g, m, v, &settings, Some(&scale));
+        for (one, other) in [w, g, m, v].into_iter().zip(changed) {
+            let bits = |t: &Tensor| -> Vec<u32> {
+                t.to_f32().unwrap().iter().map(|x| x.to_bits()).collect()
+            };
+            assert_eq!(bits(one), bits(other), "{w:?}");
+        }
+    }
+}
+
+#[test]
+fn many_small_tensors_take_few_dispatches() {
+    // A GPU of its own: the other tests dispatch meanwhile.
+    let own = Gpu::new(&GpuOptions::default()).expect("an adapter");
+    let zeros = |n: usize| Tensor::zeros(&own, DType::F32, &[n]);
+    let sets: Vec<[Tensor; 4]> = (1..=20).map(|n| [n; 4].map(zeros)).collect();
+    let updates: Vec<Update> = sets
+        .iter()
+        .map(|[param, grad, m, v]| Update { param, grad, m, v })
+        .collect();
+    let settings = AdamW {
+        lr: 1e-2,
+        betas: (0.9, 0.95),
+        eps: 1e-8,
+        weight_decay: 0.1,
+        decoupled: true,
+        step: 1,
+    };
+    let before = own.dispatches();
+    adamw_all(&updates, &settings, None);
+    let after = own.dispatches();
+    let gradients: Vec<&Tensor> = sets.iter().map(|set| &set[1]).collect();
+    grad_norm(&gradients);
+    let bindings = own.tier().storage_buffers as u64;
+    let at_once = |each: u64, others: u64| ((bindings - others) / each).clamp(1, 8);
+    assert_eq!(after - before, 20u64.div_ceil(at_once(4, 1)));
+    // Its sum and root are two more.
+    let norm = own.dispatches() - after;
+    assert_eq!(norm, 20u64.div_ceil(at_once(1, 1)) + 2);
+    own.check().expect("no fault");
 }

@@ -1,4 +1,4 @@
-use lavender_wgpu::ops::group_norm::{group_norm_backward, group_norm_with};
+use lavender_wgpu::ops::group_norm::{GroupNorm, group_norm, group_norm_backward, group_norm_with};
 use lavender_wgpu::tensor::DType;
 
 use crate::support::*;
@@ -44,56 +44,95 @@ fn forward_matches_f64() {
             let (x, held) = upload(&values, dtype, &[batch, h, width, c]);
             let (w, w64) = upload(&uniform(&mut rng, c), DType::F32, &[c]);
             let (b, b64) = upload(&uniform(&mut rng, c), DType::F32, &[c]);
+            let plain = GroupNorm {
+                groups,
+                eps: 1e-5,
+                ..Default::default()
+            };
+            let norm = GroupNorm {
+                weight: Some(&w),
+                bias: Some(&b),
+                ..plain
+            };
             for threads in [8, 128] {
                 let what =
                     format!("group_norm {batch}×{h}×{width}×{c}/{groups}, {threads} threads");
-                let y = group_norm_with(&x, groups, Some(&w), Some(&b), 1e-5, threads);
+                let (y, _) = group_norm_with(&x, &norm, threads);
                 assert_close(
                     &what,
                     &y,
                     &reference(&held, h * width, groups, &w64, &b64, 1e-5),
                 );
-                let y = group_norm_with(&x, groups, None, None, 1e-5, threads);
-                let plain = reference(&held, h * width, groups, &vec![1.0; c], &vec![0.0; c], 1e-5);
-                assert_close(&what, &y, &plain);
+                let followed = GroupNorm { silu: true, ..norm };
+                let (y, _) = group_norm_with(&x, &followed, threads);
+                let expected: Vec<f64> = reference(&held, h * width, groups, &w64, &b64, 1e-5)
+                    .into_iter()
+                    .map(silu)
+                    .collect();
+                assert_close(&what, &y, &expected);
+                let (y, _) = group_norm_with(&x, &plain, threads);
+                let expected =
+                    reference(&held, h * width, groups, &vec![1.0; c], &vec![0.0; c], 1e-5);
+                assert_close(&what, &y, &expected);
             }
         }
     }
+}
+
+fn silu(z: f64) -> f64 {
+    z / (1.0 + (-z).exp())
 }
 
 #[test]
 fn gradients_match_finite_differences() {
     let mut rng = rng(8);
     for dtype in float_types() {
-        for (batch, pixels, c, groups, affine) in
-            [(2, 5, 6, 3, true), (1, 67, 4, 2, true), (2, 9, 8, 8, false)]
-        {
+        for (batch, pixels, c, groups, affine, followed) in [
+            (2, 5, 6, 3, true, false),
+            (1, 67, 4, 2, true, true),
+            (2, 9, 8, 8, false, false),
+            (2, 3, 6, 2, true, true),
+        ] {
             let n = batch * pixels * c;
             let shape = [batch, pixels, c];
             let (x, x64) = upload(&uniform(&mut rng, n), dtype, &shape);
             let (w, w64) = upload(&uniform(&mut rng, c), DType::F32, &[c]);
+            let (b, b64) = upload(&uniform(&mut rng, c), DType::F32, &[c]);
             let (dy, dy64) = upload(&uniform(&mut rng, n), dtype, &shape);
+            let (onto, onto64) = upload(&uniform(&mut rng, n), dtype, &shape);
             let w64 = if affine { w64 } else { vec![1.0; c] };
-            let zeros = vec![0.0; c];
+            let b64 = if affine { b64 } else { vec![0.0; c] };
             let loss = |x: &[f64], w: &[f64], b: &[f64]| {
-                dot(&reference(x, pixels, groups, w, b, 1e-3), &dy64)
+                let mut y = reference(x, pixels, groups, w, b, 1e-3);
+                if followed {
+                    y.iter_mut().for_each(|z| *z = silu(*z));
+                }
+                dot(&y, &dy64)
             };
-            let weight = affine.then_some(&w);
-            let gradients = group_norm_backward(&x, groups, weight, &dy, 1e-3, affine);
-            let dx = numeric_gradient(&x64, |x| loss(x, &w64, &zeros));
-            assert_close(&format!("dx {shape:?}"), &gradients.dx, &dx);
-            assert_eq!(gradients.dweight.is_some(), affine);
-            if let (Some(dweight), Some(dbias)) = (gradients.dweight, gradients.dbias) {
-                assert_close(
-                    "dweight",
-                    &dweight,
-                    &numeric_gradient(&w64, |w| loss(&x64, w, &zeros)),
-                );
-                assert_close(
-                    "dbias",
-                    &dbias,
-                    &numeric_gradient(&zeros, |b| loss(&x64, &w64, b)),
-                );
+            let norm = GroupNorm {
+                groups,
+                weight: affine.then_some(&w),
+                bias: affine.then_some(&b),
+                eps: 1e-3,
+                silu: followed,
+            };
+            let dx = numeric_gradient(&x64, |x| loss(x, &w64, &b64));
+            let (_, statistics) = group_norm(&x, &norm);
+            for onto in [None, Some((&onto, &onto64))] {
+                let earlier = onto.map(|(tensor, _)| tensor);
+                let gradients = group_norm_backward(&x, &statistics, &dy, earlier, &norm, affine);
+                let mut expected = dx.clone();
+                for (sum, earlier) in expected.iter_mut().zip(onto.iter().flat_map(|o| o.1)) {
+                    *sum += earlier;
+                }
+                assert_close(&format!("dx {shape:?}"), &gradients.dx, &expected);
+                assert_eq!(gradients.dweight.is_some(), affine);
+                if let (Some(dweight), Some(dbias)) = (gradients.dweight, gradients.dbias) {
+                    let expected = numeric_gradient(&w64, |w| loss(&x64, w, &b64));
+                    assert_close("dweight", &dweight, &expected);
+                    let expected = numeric_gradient(&b64, |b| loss(&x64, &w64, b));
+                    assert_close("dbias", &dbias, &expected);
+                }
             }
         }
     }

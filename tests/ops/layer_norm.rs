@@ -22,8 +22,16 @@ pub fn reference(x: &[f64], w: &[f64], b: &[f64], eps: f64, rms: bool) -> Vec<f6
         .collect()
 }
 
-/// Shapes [rows, columns]: 1, primes, one past a vec4 and past a workgroup.
-pub const SHAPES: [(usize, usize); 6] = [(1, 2), (3, 7), (67, 12), (2, 131), (5, 64), (1, 516)];
+/// Shapes [rows, columns]: 1, primes, one past a vec4 and past a workgroup, one too wide to hold in registers.
+pub const SHAPES: [(usize, usize); 7] = [
+    (1, 2),
+    (3, 7),
+    (67, 12),
+    (2, 131),
+    (5, 64),
+    (1, 516),
+    (2, 2053),
+];
 
 #[test]
 fn forward_matches_f64() {
@@ -54,7 +62,7 @@ fn forward_matches_f64() {
 fn gradients_match_finite_differences() {
     let mut rng = rng(4);
     for dtype in float_types() {
-        for (rows, columns) in [(3, 7), (67, 4), (2, 33), (1, 36)] {
+        for (rows, columns) in [(3, 7), (67, 4), (2, 33), (1, 36), (2, 205)] {
             let n = rows * columns;
             let (x, x64) = upload(&uniform(&mut rng, n), dtype, &[rows, columns]);
             let (w, w64) = upload(&uniform(&mut rng, columns), DType::F32, &[columns]);
@@ -62,9 +70,16 @@ fn gradients_match_finite_differences() {
             let zeros = vec![0.0; columns];
             let loss =
                 |x: &[f64], w: &[f64], b: &[f64]| dot(&reference(x, w, b, 1e-3, false), &dy64);
-            let gradients = layer_norm_backward(&x, Some(&w), &dy, 1e-3, true);
+            let gradients = layer_norm_backward(&x, Some(&w), &dy, None, 1e-3, true);
             let dx = numeric_gradient(&x64, |x| loss(x, &w64, &zeros));
             assert_close(&format!("dx {rows}×{columns}"), &gradients.dx, &dx);
+            // The same on top of an earlier gradient, and without those of the weights.
+            let (onto, onto64) = upload(&uniform(&mut rng, n), dtype, &[rows, columns]);
+            let sum: Vec<f64> = dx.iter().zip(&onto64).map(|(d, o)| d + o).collect();
+            for affine in [false, true] {
+                let again = layer_norm_backward(&x, Some(&w), &dy, Some(&onto), 1e-3, affine);
+                assert_close("dx onto another", &again.dx, &sum);
+            }
             let dw = numeric_gradient(&w64, |w| loss(&x64, w, &zeros));
             assert_close("dweight", &gradients.dweight.expect("asked for"), &dw);
             let db = numeric_gradient(&zeros, |b| loss(&x64, &w64, b));

@@ -15,6 +15,7 @@ mod dropout;
 mod embedding;
 mod finite;
 mod gather_rows;
+mod geglu;
 mod grad_norm;
 mod group_norm;
 mod in_place;

@@ -1,4 +1,6 @@
-use lavender_wgpu::ops::rotary::{rotary, rotary_backward};
+use lavender_wgpu::ops::concat::concat;
+use lavender_wgpu::ops::rotary::{rotary, rotary_backward, rotary_pair, rotary_pair_backward};
+use lavender_wgpu::ops::slice::slice;
 use lavender_wgpu::tensor::DType;
 
 use crate::support::*;
@@ -38,9 +40,24 @@ fn turns_pairs_and_back() {
                     })
                     .collect()
             };
-            assert_close("rotary", &rotary(&x, &c, &s, heads), &reference(&x64, 1.0));
-            let dx = rotary_backward(&dy, &c, &s, heads);
+            assert_close(
+                "rotary",
+                &rotary(&x, [&c, &s], heads),
+                &reference(&x64, 1.0),
+            );
+            let dx = rotary_backward(&dy, [&c, &s], heads);
             assert_close("rotary backward", &dx, &reference(&dy64, -1.0));
+            // Queries and keys together: twice as many heads of the same values, side by side.
+            let twice = concat(&[&x, &x], 2);
+            let [q, k] = rotary_pair([&twice, &x], [&c, &s], [2 * heads, heads]);
+            assert_close("rotary of keys", &k, &reference(&x64, 1.0));
+            assert_close(
+                "of queries",
+                &slice(&q, 2, heads * dim, heads * dim),
+                &reference(&x64, 1.0),
+            );
+            let [_, dk] = rotary_pair_backward([&twice, &dy], [&c, &s], [2 * heads, heads]);
+            assert_close("rotary backward of keys", &dk, &reference(&dy64, -1.0));
         }
     }
 }

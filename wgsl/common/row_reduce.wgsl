@@ -1,6 +1,16 @@
 #define_import_path row_reduce
-// Sums and maxima over a workgroup of WG threads, in a fixed order; every thread gets the result.
+// Sums and maxima over a workgroup of WG threads, in a fixed order; every thread gets the result. With SUBGROUP the
+// workgroup is one subgroup.
 
+#ifdef SUBGROUP
+fn row_sum(value: f32, local: u32) -> f32 {
+    return subgroupAdd(value);
+}
+
+fn row_max(value: f32, local: u32) -> f32 {
+    return subgroupMax(value);
+}
+#else
 var<workgroup> partial: array<f32, #{WG}>;
 
 fn row_sum(value: f32, local: u32) -> f32 {
@@ -30,3 +40,4 @@ fn row_max(value: f32, local: u32) -> f32 {
     workgroupBarrier();
     return largest;
 }
+#endif
