@@ -297,17 +297,27 @@ pub(super) fn open(options: &GpuOptions) -> Result<(wgpu::Device, wgpu::Queue, T
             }
         }
     }
-    let limits = adapter.limits();
-    let request = wgpu::DeviceDescriptor {
-        label: Some("lavender-wgpu"),
-        required_features: adapter.features() & wanted,
-        required_limits: limits,
-        // SAFETY: cooperative matrices are all that is experimental here, and one kernel's; every access that it makes
-        // through them lies within the arrays of its own shared memory.
-        experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
-        ..Default::default()
+    let open = |features| {
+        pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor {
+            label: Some("lavender-wgpu"),
+            required_features: adapter.features() & features,
+            required_limits: adapter.limits(),
+            // SAFETY: cooperative matrices are all that is experimental here, and few kernels'; every access that those
+            // make through them lies within the arrays of their own shared memory.
+            experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
+            ..Default::default()
+        }))
     };
-    let (device, queue) = pollster::block_on(adapter.request_device(&request))
-        .map_err(|e| Error::NoAdapter(format!("{}: {e}", tier.name)))?;
+    let experimental = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
+    let opened = match open(wanted) {
+        Err(error) if wanted.contains(experimental) => {
+            tracing::warn!("{}: opened without matrix units: {error}", tier.name);
+            tier.cooperative_matrix = false;
+            tier.matrix_units.clear();
+            open(wanted - experimental)
+        }
+        opened => opened,
+    };
+    let (device, queue) = opened.map_err(|e| Error::NoAdapter(format!("{}: {e}", tier.name)))?;
     Ok((device, queue, tier))
 }

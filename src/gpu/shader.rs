@@ -270,6 +270,9 @@ impl Gpu {
     /// Whether the driver takes `kernel`; a warning names one that it does not, once. For ops that have another.
     pub(crate) fn compiles(&self, kernel: &Kernel) -> bool {
         let inner = self.inner();
+        if lock(&inner.shaders.pipelines).contains_key(kernel) {
+            return true;
+        }
         if lock(&inner.shaders.rejected).contains(kernel) {
             return false;
         }

@@ -11,8 +11,11 @@ use crate::tensor::{DType, QuantizedMatrix, Tensor};
 
 /// Timed runs of a choice, and one before them that compiles and warms up.
 const RUNS: usize = 3;
-/// Choices measured for a shape at the most: the usual one, the alternatives, the fastest with other splits.
-const CHOICES: usize = 12;
+/// Choices measured for a shape at the most: the usual one, the alternatives, on a GPU the fastest with other splits.
+fn most_choices(tier: &Tier) -> usize {
+    if tier.cpu { 5 } else { 12 }
+}
+
 /// Choices slower than this are not timed again.
 const HOPELESS: f64 = 1.5;
 /// Products that a run does at the most, where one is too short to be timed.
@@ -29,11 +32,11 @@ pub(super) fn budget(tier: &Tier) -> usize {
 
 /// FLOPs of a run at the most.
 fn per_run(tier: &Tier) -> usize {
-    budget(tier) / (CHOICES * (RUNS + 1))
+    budget(tier) / (most_choices(tier) * (RUNS + 1))
 }
 
-/// Elements of an operand or the result at the most: 256 MiB in f32.
-const ELEMENTS: usize = 1 << 26;
+/// Elements of an operand or the result at the most: 128 MiB in f32.
+const ELEMENTS: usize = 1 << 25;
 
 /// The shape, made smaller along its longest side until a run of it is within the budget.
 fn cropped(shape: &Shape, tier: &Tier) -> Shape {
@@ -109,18 +112,22 @@ impl Trial {
             true => [columns, rows],
             false => [rows, columns],
         };
-        let values = |count: usize| -> Vec<f32> {
-            (0..count).map(|i| (i % 251) as f32 / 251.0 - 0.5).collect()
-        };
+        // Not zeros: a GPU that has nothing to toggle runs at another clock.
+        let pattern: Vec<f32> = (0..251).map(|i| i as f32 / 251.0 - 0.5).collect();
         let float = |dtype: DType, [rows, columns]: [usize; 2]| {
-            let bytes = dtype.narrow(&values(batch * rows * columns));
-            Tensor::from_bytes(gpu, &bytes, dtype, &[lead, &[rows, columns]].concat())
+            let shape = [lead, &[rows, columns]].concat();
+            let elements = batch * rows * columns;
+            let mut bytes = dtype
+                .narrow(&pattern)
+                .repeat(elements.div_ceil(pattern.len()));
+            bytes.truncate(elements * dtype.bytes());
+            Tensor::from_bytes(gpu, &bytes, dtype, &shape)
         };
         let b_order = order(shape.trans[1], [k, n]);
         let b = match shape.b {
             Storage::Float(dtype) => Right::Float(float(dtype, b_order)),
             Storage::Quantized(kind) => {
-                let values = values(k * n);
+                let values: Vec<f32> = pattern.iter().copied().cycle().take(k * n).collect();
                 let w = QuantizedMatrix::from_f32(gpu, &values, b_order, kind);
                 Right::Quantized(w.expect("finite values"))
             }
@@ -183,7 +190,7 @@ impl Trial {
     /// Milliseconds of a product, the shortest run's; infinity once the budget is spent.
     fn time(&mut self, choice: Choice, best: f64) -> Result<f64> {
         self.choices += 1;
-        if self.choices > CHOICES {
+        if self.choices > most_choices(self.a.gpu().tier()) {
             return Ok(f64::INFINITY);
         }
         self.run(choice, 1)?;
@@ -238,7 +245,7 @@ mod tests {
             for shape in [huge, ragged] {
                 let small = cropped(&shape, &tier);
                 assert!(
-                    CHOICES * (RUNS + 1) * small.flops() <= budget(&tier),
+                    most_choices(&tier) * (RUNS + 1) * small.flops() <= budget(&tier),
                     "{small}"
                 );
                 assert_eq!(small.m % 4, shape.m % 4);
@@ -247,7 +254,7 @@ mod tests {
         let shape = Shape::float([500, 300, 700], [false, true], DType::F32, DType::F32);
         let mut trial = Trial::new(&gpu, &cropped(&shape, gpu.tier())).unwrap();
         // More choices than there is a budget for.
-        for _ in 0..CHOICES + 3 {
+        for _ in 0..most_choices(gpu.tier()) + 3 {
             trial.time(Variant::Rows.into(), f64::INFINITY).unwrap();
         }
         assert!(
