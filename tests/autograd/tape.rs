@@ -2,7 +2,6 @@
 
 use lavender_wgpu::autograd::{Gradients, Var, find_non_finite, no_grad};
 use lavender_wgpu::gpu::{Gpu, GpuOptions};
-use lavender_wgpu::ops::unary::Unary;
 use lavender_wgpu::tensor::{DType, Tensor};
 
 use crate::support::*;
@@ -179,10 +178,11 @@ fn a_long_tape_does_not_overflow_the_stack() {
 fn the_first_bad_op_is_named() {
     let x = leaf(&[1.0, 0.0]);
     let found = find_non_finite(|| {
-        let y = x.scale(2.0);
-        let _ = y.unary(Unary::Log).square().sum_all();
+        // Not the logarithm of 0: some drivers have a finite one.
+        let y = x.scale(1e30);
+        let _ = y.square().scale(0.5).sum_all();
     });
-    let found = found.expect("log 0 is infinite");
+    let found = found.expect("the square of 1e30 is over f32's range");
     assert!(found.contains("unary") && found.contains("[2]"), "{found}");
     assert!(find_non_finite(|| drop(x.square())).is_none());
 }
