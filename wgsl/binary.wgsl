@@ -88,7 +88,7 @@ fn apply(u: V, v: V) -> V {
 }
 
 #ifdef COLUMNS
-// Rank 2: a thread walks down a column, so that nothing is divided.
+// Rank 2: a thread walks down a column, so that nothing is divided. A_STAYS, B_STAYS: that operand is a row for all rows.
 @compute @workgroup_size(#{WG})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
     let width = p.d0 / LENGTH;
@@ -97,10 +97,24 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         return;
     }
     let end = min(at.y + p.chunk, p.d1);
+    var ia = at.x * LENGTH * p.a0 + at.y * p.a1;
+    var ib = at.x * LENGTH * p.b0 + at.y * p.b1;
+#ifdef A_STAYS
+    let u = load_a(ia);
+#endif
+#ifdef B_STAYS
+    let v = load_b(ib);
+#endif
     for (var row = at.y; row < end; row++) {
-        let ia = at.x * LENGTH * p.a0 + row * p.a1;
-        let ib = at.x * LENGTH * p.b0 + row * p.b1;
-        y[row * width + at.x] = ElemA(apply(load_a(ia), load_b(ib)));
+#ifndef A_STAYS
+        let u = load_a(ia);
+        ia += p.a1;
+#endif
+#ifndef B_STAYS
+        let v = load_b(ib);
+        ib += p.b1;
+#endif
+        y[row * width + at.x] = ElemA(apply(u, v));
     }
 }
 #else

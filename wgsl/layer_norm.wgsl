@@ -4,8 +4,8 @@
 //    the workgroup's rows, [workgroups, 2, width]; without HELD each row's mean and rstd.
 // 2: Σ dy x̂ and Σ dy over a chunk of rows from those; a thread a column: [chunks, 2, width].
 // 3: sums of [chunks, columns] over the chunks.
-// In 0 and 1 a workgroup takes `chunk` rows. With HELD a thread keeps its HELD vectors of a row in registers, else it reads
-// them again; WHOLE rows are HELD · WG wide.
+// In 0 and 1 a workgroup takes a row, with SUMS `chunk` of them. With HELD a thread keeps its HELD vectors of a row in
+// registers, else it reads them again; WHOLE rows are HELD · WG wide.
 #import index::{group_index, share, thread_index}
 #if STAGE < 2
 #import row_reduce::row_sum
@@ -78,8 +78,12 @@ var<immediate> p: Params;
 #ifdef HELD
 var<private> held_x: array<V, #{HELD}>;
 #if STAGE == 1
-var<private> held_dy: array<V, #{HELD}>;
+var<private> held_g: array<V, #{HELD}>;
 #endif
+#endif
+#ifdef SUMS
+var<private> sum_along: array<V, #{HELD}>;
+var<private> sum_dy: array<V, #{HELD}>;
 #endif
 
 // Vectors of a row that a thread has, the last perhaps outside.
@@ -107,29 +111,125 @@ fn x_at(at: u32, k: u32) -> V {
 #endif
 }
 
-// Mean and reciprocal standard deviation of the row at `base`.
-fn row_statistics(base: u32, local: u32) -> vec2<f32> {
-    var mean = 0.0;
-#ifndef RMS
-    var sum = V(0.0);
-    for (var k = 0u; k < steps(); k++) {
-        let i = k * #{WG}u + local;
-        if inside(i) {
-            sum += x_at(base + i, k);
-        }
-    }
-    mean = row_sum(total(sum), local) / p.elements;
+#if STAGE == 1
+// dy w, read.
+fn slope(at: u32, i: u32) -> V {
+#ifdef WEIGHT
+    return V(dy[at]) * weight[i];
+#else
+    return V(dy[at]);
 #endif
+}
+
+fn g_at(at: u32, i: u32, k: u32) -> V {
+#ifdef HELD
+    return held_g[k];
+#else
+    return slope(at, i);
+#endif
+}
+#endif
+
+// What is known of a row: mean, reciprocal standard deviation, means of g and of g x̂.
+struct Row {
+    mean: f32,
+    rstd: f32,
+    g: f32,
+    along: f32,
+}
+
+// Everything is summed in the loop that reads it first: CPU drivers spill what is held, and read it back.
+fn row_of(base: u32, local: u32) -> Row {
+    var sum = V(0.0);
     var squares = V(0.0);
+    var sum_g = V(0.0);
+    var along = V(0.0);
     for (var k = 0u; k < steps(); k++) {
         let i = k * #{WG}u + local;
         if inside(i) {
-            let centred = x_at(base + i, k) - mean;
-            squares += centred * centred;
+            let v = V(x[base + i]);
+#ifdef HELD
+            held_x[k] = v;
+#endif
+#ifdef RMS
+            squares += v * v;
+#else
+            sum += v;
+#endif
+#if STAGE == 1
+            let g = slope(base + i, i);
+#ifdef HELD
+            held_g[k] = g;
+#endif
+#ifdef RMS
+            along += g * v;
+#else
+            sum_g += g;
+#endif
+#endif
         }
     }
-    let variance = row_sum(total(squares), local) / p.elements;
-    return vec2<f32>(mean, 1.0 / sqrt(variance + p.eps));
+    var row = Row();
+#ifndef RMS
+    row.mean = row_sum(total(sum), local) / p.elements;
+    for (var k = 0u; k < steps(); k++) {
+        let i = k * #{WG}u + local;
+        if inside(i) {
+            let centred = x_at(base + i, k) - row.mean;
+            squares += centred * centred;
+#if STAGE == 1
+            along += g_at(base + i, i, k) * centred;
+#endif
+        }
+    }
+#endif
+    row.rstd = 1.0 / sqrt(row_sum(total(squares), local) / p.elements + p.eps);
+#if STAGE == 1
+    row.along = row.rstd * row_sum(total(along), local) / p.elements;
+#ifndef RMS
+    row.g = row_sum(total(sum_g), local) / p.elements;
+#endif
+#endif
+    return row;
+}
+
+fn finish(index: u32, local: u32) {
+    let base = index * p.width;
+    let row = row_of(base, local);
+    for (var k = 0u; k < steps(); k++) {
+        let i = k * #{WG}u + local;
+        if inside(i) {
+            let normed = (x_at(base + i, k) - row.mean) * row.rstd;
+#if STAGE == 0
+            var result = normed;
+#ifdef WEIGHT
+            result *= weight[i];
+#endif
+#ifdef BIAS
+            result += bias[i];
+#endif
+            y[base + i] = Stored(result);
+#else
+#ifdef SUMS
+            let slope = V(dy[base + i]);
+            sum_along[k] += slope * normed;
+            sum_dy[k] += slope;
+#endif
+            var result = row.rstd * (g_at(base + i, i, k) - row.g - normed * row.along);
+#ifdef ONTO
+            result += V(earlier[base + i]);
+#endif
+            dx[base + i] = Stored(result);
+#endif
+        }
+    }
+#if STAGE == 1
+#ifndef HELD
+    if local == 0u {
+        statistics[index] = vec2<f32>(row.mean, row.rstd);
+    }
+#endif
+#endif
 }
 
 @compute @workgroup_size(#{WG})
@@ -139,110 +239,28 @@ fn main(
     @builtin(local_invocation_index) local: u32,
 ) {
     let index = group_index(group, groups);
-    let own = share(index, p.chunk, p.rows);
 #ifdef SUMS
-    var sum_along: array<V, #{HELD}>;
-    var sum_dy: array<V, #{HELD}>;
     for (var k = 0u; k < #{HELD}u; k++) {
         sum_along[k] = V(0.0);
         sum_dy[k] = V(0.0);
     }
-#endif
-    for (var row = own.x; row < own.y; row++) {
-        let base = row * p.width;
-#ifdef HELD
-        for (var k = 0u; k < #{HELD}u; k++) {
-            let i = k * #{WG}u + local;
-            if inside(i) {
-                held_x[k] = V(x[base + i]);
-#if STAGE == 1
-                held_dy[k] = V(dy[base + i]);
-#endif
-            }
-        }
-#endif
-        let s = row_statistics(base, local);
-#if STAGE == 0
-        for (var k = 0u; k < steps(); k++) {
-            let i = k * #{WG}u + local;
-            if inside(i) {
-                var v = (x_at(base + i, k) - s.x) * s.y;
-#ifdef WEIGHT
-                v *= weight[i];
-#endif
-#ifdef BIAS
-                v += bias[i];
-#endif
-                y[base + i] = Stored(v);
-            }
-        }
-#else
-        var along = V(0.0);
-        var sum = V(0.0);
-        for (var k = 0u; k < steps(); k++) {
-            let i = k * #{WG}u + local;
-            if inside(i) {
-                let normed = (x_at(base + i, k) - s.x) * s.y;
-#ifdef HELD
-                var g = held_dy[k];
-#else
-                var g = V(dy[base + i]);
-#endif
-#ifdef SUMS
-                sum_along[k] += g * normed;
-                sum_dy[k] += g;
-#endif
-#ifdef WEIGHT
-                g *= weight[i];
-#endif
-#ifdef HELD
-                held_x[k] = normed;
-                held_dy[k] = g;
-#endif
-                along += g * normed;
-                sum += g;
-            }
-        }
-        let mean_along = row_sum(total(along), local) / p.elements;
-        var mean_g = 0.0;
-#ifndef RMS
-        mean_g = row_sum(total(sum), local) / p.elements;
-#endif
-        for (var k = 0u; k < steps(); k++) {
-            let i = k * #{WG}u + local;
-            if inside(i) {
-#ifdef HELD
-                var result = s.y * (held_dy[k] - mean_g - held_x[k] * mean_along);
-#else
-                var g = V(dy[base + i]);
-#ifdef WEIGHT
-                g *= weight[i];
-#endif
-                let normed = (V(x[base + i]) - s.x) * s.y;
-                var result = s.y * (g - mean_g - normed * mean_along);
-#endif
-#ifdef ONTO
-                result += V(earlier[base + i]);
-#endif
-                dx[base + i] = Stored(result);
-            }
-        }
-#ifndef HELD
-        if local == 0u {
-            statistics[row] = s;
-        }
-#endif
-#endif
+    let own = share(index, p.chunk, p.rows);
+    if own.x >= own.y {
+        return;
     }
-#ifdef SUMS
-    if own.x < own.y {
-        for (var k = 0u; k < #{HELD}u; k++) {
-            let i = k * #{WG}u + local;
-            if inside(i) {
-                partial_sums[index * 2u * p.width + i] = sum_along[k];
-                partial_sums[(index * 2u + 1u) * p.width + i] = sum_dy[k];
-            }
+    for (var row = own.x; row < own.y; row++) {
+        finish(row, local);
+    }
+    for (var k = 0u; k < #{HELD}u; k++) {
+        let i = k * #{WG}u + local;
+        if inside(i) {
+            partial_sums[index * 2u * p.width + i] = sum_along[k];
+            partial_sums[(index * 2u + 1u) * p.width + i] = sum_dy[k];
         }
+    }
+#else
+    if index < p.rows {
+        finish(index, local);
     }
 #endif
 }

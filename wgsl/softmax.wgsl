@@ -1,6 +1,6 @@
 // y = softmax(x) over the last dimension, or dx = y (dy − Σ y dy) with BACKWARD; a workgroup
-// takes `chunk` rows. With HELD a thread keeps its HELD vectors of a row in registers; WHOLE rows are HELD · WG wide.
-#import index::{group_index, share}
+// a row. With HELD a thread keeps its HELD vectors of a row in registers; WHOLE rows are HELD · WG wide.
+#import index::group_index
 #import row_reduce::{row_max, row_sum}
 
 #ifdef VEC4
@@ -35,7 +35,6 @@ struct Params {
     rows: u32,
     // Elements of a row, in units of V.
     width: u32,
-    chunk: u32,
 }
 
 #ifdef BACKWARD
@@ -78,71 +77,72 @@ fn main(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) local: u32,
 ) {
-    let own = share(group_index(group, groups), p.chunk, p.rows);
-    for (var row = own.x; row < own.y; row++) {
-        let base = row * p.width;
-#ifdef BACKWARD
-        var products = V(0.0);
-        for (var k = 0u; k < steps(); k++) {
-            let i = k * #{WG}u + local;
-            if inside(i) {
-                let value = V(y[base + i]);
-                let slope = V(dy[base + i]);
-#ifdef HELD
-                held[k] = value;
-                held_dy[k] = slope;
-#endif
-                products += value * slope;
-            }
-        }
-        let mean = row_sum(total(products), local);
-        for (var k = 0u; k < steps(); k++) {
-            let i = k * #{WG}u + local;
-            if inside(i) {
-#ifdef HELD
-                dx[base + i] = Stored(held[k] * (held_dy[k] - mean));
-#else
-                dx[base + i] = Stored(V(y[base + i]) * (V(dy[base + i]) - mean));
-#endif
-            }
-        }
-#else
-        var top = V(-3.4e38);
-        for (var k = 0u; k < steps(); k++) {
-            let i = k * #{WG}u + local;
-            if inside(i) {
-                let value = V(x[base + i]);
-#ifdef HELD
-                held[k] = value;
-#endif
-                top = max(top, value);
-            }
-        }
-        let peak = row_max(largest(top), local);
-        var sums = V(0.0);
-        for (var k = 0u; k < steps(); k++) {
-            let i = k * #{WG}u + local;
-            if inside(i) {
-#ifdef HELD
-                let power = exp(held[k] - peak);
-                held[k] = power;
-#else
-                let power = exp(V(x[base + i]) - peak);
-#endif
-                sums += power;
-            }
-        }
-        let inverse = 1.0 / row_sum(total(sums), local);
-        for (var k = 0u; k < steps(); k++) {
-            let i = k * #{WG}u + local;
-            if inside(i) {
-#ifdef HELD
-                y[base + i] = Stored(held[k] * inverse);
-#else
-                y[base + i] = Stored(exp(V(x[base + i]) - peak) * inverse);
-#endif
-            }
-        }
-#endif
+    let row = group_index(group, groups);
+    if row >= p.rows {
+        return;
     }
+    let base = row * p.width;
+#ifdef BACKWARD
+    var products = V(0.0);
+    for (var k = 0u; k < steps(); k++) {
+        let i = k * #{WG}u + local;
+        if inside(i) {
+            let value = V(y[base + i]);
+            let slope = V(dy[base + i]);
+#ifdef HELD
+            held[k] = value;
+            held_dy[k] = slope;
+#endif
+            products += value * slope;
+        }
+    }
+    let mean = row_sum(total(products), local);
+    for (var k = 0u; k < steps(); k++) {
+        let i = k * #{WG}u + local;
+        if inside(i) {
+#ifdef HELD
+            dx[base + i] = Stored(held[k] * (held_dy[k] - mean));
+#else
+            dx[base + i] = Stored(V(y[base + i]) * (V(dy[base + i]) - mean));
+#endif
+        }
+    }
+#else
+    var top = V(-3.4e38);
+    for (var k = 0u; k < steps(); k++) {
+        let i = k * #{WG}u + local;
+        if inside(i) {
+            let value = V(x[base + i]);
+#ifdef HELD
+            held[k] = value;
+#endif
+            top = max(top, value);
+        }
+    }
+    let peak = row_max(largest(top), local);
+    var sums = V(0.0);
+    for (var k = 0u; k < steps(); k++) {
+        let i = k * #{WG}u + local;
+        if inside(i) {
+#ifdef HELD
+            let power = exp(held[k] - peak);
+            held[k] = power;
+#else
+            let power = exp(V(x[base + i]) - peak);
+#endif
+            sums += power;
+        }
+    }
+    let inverse = 1.0 / row_sum(total(sums), local);
+    for (var k = 0u; k < steps(); k++) {
+        let i = k * #{WG}u + local;
+        if inside(i) {
+#ifdef HELD
+            y[base + i] = Stored(held[k] * inverse);
+#else
+            y[base + i] = Stored(exp(V(x[base + i]) - peak) * inverse);
+#endif
+        }
+    }
+#endif
 }

@@ -173,7 +173,10 @@ fn binary_in(a: &Tensor, b: &Tensor, op: Binary, shape: &[usize]) -> Tensor {
     let width = axes[0].0 / unit;
     let (kernel, chunk, groups) = if rank == 2 && (16..=WIDEST_ROW).contains(&width) {
         let cut = columns(a.gpu(), axes[1].0, width, 8);
-        let kernel = by_columns(kernel, (cut.threads, cut.lanes));
+        let [a1, b1] = axes[1].1;
+        let kernel = by_columns(kernel, (cut.threads, cut.lanes))
+            .flag("A_STAYS", a1 == 0)
+            .flag("B_STAYS", b1 == 0);
         (kernel, cut.chunk, cut.groups)
     } else {
         let cut = line(a.gpu(), vectors);
@@ -245,7 +248,9 @@ pub fn variants() -> Vec<Kernel> {
             for (a16, b16) in [(false, false), (true, true), (true, false), (false, true)] {
                 let kernel = kernel(Binary::Mul, rank, vec4, a16, b16).flag("B_REPEATS", a16);
                 if rank == 2 {
-                    all.extend(COLUMN_THREADS.map(|cut| by_columns(kernel.clone(), cut)));
+                    let kernels = COLUMN_THREADS.map(|cut| by_columns(kernel.clone(), cut));
+                    all.extend(kernels.clone().map(|kernel| kernel.flag("A_STAYS", true)));
+                    all.extend(kernels.map(|kernel| kernel.flag("B_STAYS", true)));
                 }
                 all.extend(LINE_THREADS.map(|threads| by_line(kernel.clone(), threads)));
             }

@@ -78,10 +78,7 @@ impl RowNorm {
     pub fn forward(&self, x: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>) -> Tensor {
         let y = Tensor::empty(x.gpu(), x.dtype(), x.shape());
         let rows = x.elements() / x.last_dim().max(1);
-        let params = Params {
-            chunk: rows_at_once(rows, x.last_dim(), self.threads) as u32,
-            ..self.params(x, weight, bias)
-        };
+        let params = self.params(x, weight, bias);
         // A missing weight or bias binds x in its place and is never read.
         let (w, b) = (weight.unwrap_or(x), bias.unwrap_or(x));
         dispatch(
@@ -91,7 +88,7 @@ impl RowNorm {
                 .flag("BIAS", bias.is_some()),
             &[x, w, b, &y],
             &params,
-            grid(rows.div_ceil(params.chunk as usize)),
+            grid(rows),
         );
         y
     }
@@ -117,7 +114,7 @@ impl RowNorm {
         let chunk = match sums && held {
             true if self.threads == 8 => rows.div_ceil(64).clamp(1, 32),
             true => rows.div_ceil(256),
-            false => rows_at_once(rows, columns, self.threads),
+            false => 1,
         };
         let groups = rows.div_ceil(chunk);
         let dx = Tensor::empty(gpu, x.dtype(), x.shape());
@@ -165,14 +162,6 @@ impl RowNorm {
             [units(columns).div_ceil(64) as u32, chunks as u32, 1],
         );
         partial
-    }
-}
-
-/// Rows that a workgroup takes: several short ones on CPU drivers, which pay for each workgroup.
-pub(super) fn rows_at_once(rows: usize, columns: usize, threads: u32) -> usize {
-    match threads {
-        8 => (2048 / columns.max(1)).clamp(1, rows.div_ceil(64).max(1)),
-        _ => 1,
     }
 }
 

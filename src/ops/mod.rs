@@ -218,7 +218,10 @@ pub(crate) fn row_variant(kernel: Kernel, subgroup: bool, width: usize, threads:
     let held = held(width, threads);
     kernel
         .flag("SUBGROUP", subgroup)
-        .flag("WHOLE", held.is_some() && width % threads as usize == 0)
+        .flag(
+            "WHOLE",
+            held.is_some() && width.is_multiple_of(threads as usize),
+        )
         .def("WG", threads as i32)
         .defs("HELD", held.map(|n| n as i32))
 }

@@ -1,6 +1,5 @@
 //! Softmax over the last dimension.
 
-use super::layer_norm::rows_at_once;
 use super::{dispatch, grid, is_f16, row_kernel, row_threads, row_variant};
 use crate::gpu::Kernel;
 use crate::tensor::Tensor;
@@ -10,7 +9,6 @@ use crate::tensor::Tensor;
 struct Params {
     rows: u32,
     width: u32,
-    chunk: u32,
 }
 
 fn kernel(backward: bool, f16: bool, vec4: bool) -> Kernel {
@@ -27,7 +25,6 @@ fn launch(op: &str, backward: bool, tensors: &[&Tensor], threads: u32) {
         x.elements() / columns.max(1),
         columns / if vec4 { 4 } else { 1 },
     );
-    let chunk = rows_at_once(rows, columns, threads);
     let kernel = kernel(backward, is_f16(op, x), vec4);
     dispatch(
         &row_kernel(x.gpu(), kernel, width, threads),
@@ -35,9 +32,8 @@ fn launch(op: &str, backward: bool, tensors: &[&Tensor], threads: u32) {
         &Params {
             rows: rows as u32,
             width: width as u32,
-            chunk: chunk as u32,
         },
-        grid(rows.div_ceil(chunk)),
+        grid(rows),
     );
 }
 

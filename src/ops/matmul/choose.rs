@@ -233,7 +233,9 @@ pub(super) fn serves(variant: Variant, tier: &Tier, o: &Operands<'_>, g: &Geomet
             let (least, most) = tier.subgroup_size;
             tier.subgroup && least >= 8 && most <= 64
         }
-        Variant::Cooperative(shape) => shape.serves(tier, super::cooperative::half(o.a.dtype())),
+        Variant::Cooperative(shape) => {
+            shape.serves(tier, super::cooperative::half(o.a.dtype(), o.b.storage()))
+        }
     }
 }
 
@@ -245,7 +247,7 @@ fn likely(tier: &Tier, o: &Operands<'_>, g: &Geometry) -> Vec<Variant> {
     let groups = |tile: usize| g.m.div_ceil(tile) * g.n.div_ceil(tile) * g.batch;
     let mut order = vec![Variant::Vector(32)];
     // Matrix units multiply f16 many times as fast; few rows would leave most of a tile empty.
-    if super::cooperative::half(o.a.dtype()) && g.m > 8 && g.n > 8 {
+    if super::cooperative::half(o.a.dtype(), o.b.storage()) && g.m > 8 && g.n > 8 {
         order.extend(
             Cooperative::candidates(groups)
                 .into_iter()

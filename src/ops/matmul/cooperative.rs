@@ -74,10 +74,10 @@ impl Cooperative {
     }
 }
 
-/// Whether operands are multiplied as f16: beside an `a` that is f16, weights of any type are rounded to it, trained ones
-/// in f32 too, as PyTorch's autocast does. An `a` in f32 never is.
-pub(super) fn half(a: DType) -> bool {
-    a == DType::F16
+/// Whether operands are multiplied as f16. One that is f32 is never rounded; weights in bf16, 8 or 4 bits are, beside an
+/// `a` that is f16 already.
+pub(super) fn half(a: DType, b: Storage) -> bool {
+    a == DType::F16 && b != Storage::Float(DType::F32)
 }
 
 /// Threads that become four subgroups, if the driver makes them as large as it can; AMD's does unless asked.
@@ -95,7 +95,7 @@ fn kernel(
     c: DType,
 ) -> Kernel {
     let kernel = Kernel::new("matmul_cooperative").flag("QUADS", quads);
-    b.flags(shape.flags_of(kernel, threads, half(a), trans), a, c)
+    b.flags(shape.flags_of(kernel, threads, half(a, b), trans), a, c)
 }
 
 /// The kernel of a piece of the product.
