@@ -87,6 +87,35 @@ impl Var {
         })
     }
 
+    /// onto + scale · (self · aᵀ) · bᵀ, a [rank, in], b [out, rank]: a low-rank update of a linear layer's output `onto`
+    /// [.., out]. The scale goes into the narrow products.
+    pub fn low_rank_onto(&self, a: &Var, b: &Var, scale: f32, onto: &Var) -> Var {
+        let (x, [av, bv]) = (self.value().clone(), [a, b].map(|v| v.value().clone()));
+        let scaled = Some(Unary::Affine(scale, 0.0));
+        let down = MatmulOptions {
+            trans_b: true,
+            activation: scaled,
+            ..Default::default()
+        };
+        let inner = matmul(&x, &av, &down);
+        let y = matmul(&inner, &bv, &linear_options(None, Some(onto)));
+        let parents = [self, a, b, onto];
+        Var::from_accumulating_op("low_rank", y, &parents, move |dy, needs, earlier| {
+            let back = MatmulOptions {
+                activation: scaled,
+                ..Default::default()
+            };
+            let dinner = matmul(dy, &bv, &back);
+            let dx = needs[0].then(|| {
+                let earlier = earlier[0].take();
+                matmul(&dinner, &av, &on_top_of(earlier.as_ref()))
+            });
+            let da = needs[1].then(|| grad_right(&x, &dinner, &av, true));
+            let db = needs[2].then(|| grad_right(&inner, dy, &bv, true));
+            vec![dx, da, db, needs[3].then(|| dy.clone())]
+        })
+    }
+
     /// [`Var::linear_onto`] with a quantised weight, which is frozen.
     pub fn linear_quantized(
         &self,

@@ -160,10 +160,10 @@ impl Lora {
             Some(seed) if self.dropout > 0.0 => dropped(x, self.dropout, seed ^ self.site),
             _ => x.clone(),
         };
-        let inner = x.linear(&self.a, None).scale(self.scale);
         let Some(dora) = &self.dora else {
-            return inner.linear_onto(&self.b, None, Some(y));
+            return x.low_rank_onto(&self.a, &self.b, self.scale, y);
         };
+        let inner = x.linear(&self.a, None).scale(self.scale);
         let update = inner.linear(&self.b, None);
         let ratio = dora.magnitude.div(&self.lengths(dora, &product));
         let (kept, changed) = (product(&x), update);

@@ -289,7 +289,50 @@ fn norms() {
     check("group_norm", &all, |v| {
         v[0].group_norm(3, &v[1], &v[2], 1e-2)
     });
+    check("group_norm_silu", &all, |v| {
+        v[0].group_norm_silu(3, &v[1], &v[2], 1e-2)
+    });
     check("instance_norm", &[x], |v| v[0].instance_norm(1e-2));
+}
+
+/// Where a value has several uses, some backwards add to what is there: as the first of them, in between, and as the last.
+#[test]
+fn gradients_add_up_in_the_kernels_that_make_them() {
+    let (x, w, b) = (random(64, &[2, 3, 8]), random(65, &[8]), random(66, &[8]));
+    let all = [x.clone(), w, b];
+    check("layer norm and residual", &all, |v| {
+        let normed = v[0].layer_norm(&v[1], &v[2], 1e-2);
+        v[0].add(&normed.tanh()).square()
+    });
+    check("rms norm between two uses", &all[..2], |v| {
+        let first = v[0].tanh();
+        let normed = v[0].rms_norm(&v[1], 1e-2).square();
+        first.add(&normed).add(&v[0].square())
+    });
+    check("group norm and residual", &all, |v| {
+        let normed = v[0].group_norm_silu(2, &v[1], &v[2], 1e-2);
+        v[0].add(&normed.tanh()).square()
+    });
+    let weights = [
+        x,
+        random(67, &[8, 8]),
+        random(68, &[8, 8]),
+        random(69, &[3, 8]),
+        random(70, &[8, 3]),
+    ];
+    check(
+        "three projections of one value, onto another",
+        &weights[..3],
+        |v| {
+            let (q, k) = (v[0].linear(&v[1], None), v[0].linear(&v[2], None));
+            q.mul(&k).linear_onto(&v[1], None, Some(&v[0])).tanh()
+        },
+    );
+    check("a low-rank update of a projection", &weights, |v| {
+        let y = v[0].linear(&v[1], None);
+        let y = v[0].low_rank_onto(&v[3], &v[4], 0.7, &y);
+        y.tanh().linear(&v[2], None)
+    });
 }
 
 #[test]
@@ -318,6 +361,18 @@ fn positions_and_images() {
     check("rotary", &[random(81, &[2, 3, 16])], |v| {
         v[0].rotary(&cos, &sin, 2).square()
     });
+    let both = [random(84, &[2, 3, 16]), random(85, &[2, 3, 8])];
+    check("rotary_pair", &both, |v| {
+        let turned = Var::rotary_pair([&v[0], &v[1]], &cos, &sin, [2, 1]);
+        Var::concat(&turned, 2).square()
+    });
+    // Keys that nothing reads.
+    check("rotary_pair, queries alone", &both[..1], |v| {
+        let keys = v[0].narrow(2, 0, 8);
+        let [q, _] = Var::rotary_pair([&v[0], &keys], &cos, &sin, [2, 1]);
+        q.square()
+    });
+    check("geglu", &[random(86, &[3, 10])], |v| v[0].geglu().square());
     check("upsample_nearest2x", &[random(82, &[2, 2, 3, 2])], |v| {
         v[0].upsample_nearest2x().square()
     });

@@ -11,6 +11,7 @@ mod cast;
 mod concat;
 mod conv2d;
 mod cross_entropy;
+mod division;
 mod dropout;
 mod embedding;
 mod finite;

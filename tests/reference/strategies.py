@@ -368,7 +368,7 @@ def run(name, keys, dtype, init, seed, shaken=0):
         noise = torch.Generator().manual_seed(shaken)
         with torch.no_grad():
             for p in added.values():
-                p.mul_(1 + 2e-7 * torch.randn(p.shape, generator=noise))
+                p.mul_(1 + 1e-6 * torch.randn(p.shape, generator=noise))
     model.to(dtype), aligner.to(dtype), [m.to(dtype) for m in parallel.values()]
     seen = {}
     for k, attn in attentions.items():
@@ -425,6 +425,10 @@ def run(name, keys, dtype, init, seed, shaken=0):
     return steps, named | {k: p.detach() for k, p in added.items()}
 
 
+# Seeds up to this one met a kink (of an activation, or of a minimum or maximum) in the engine's arithmetic.
+PASSED_OVER = {"mean-layer": 3}
+
+
 def part_of(name):
     return name.split(".")[0] if name.startswith(("aligner.", "parallel.")) else "lora"
 
@@ -442,7 +446,7 @@ def main():
         keys = STRATEGIES[name]
         # Where two pixels lie close to a map's minimum or maximum, rounding decides which one moves: the first seed
         # whose run in f32 stays with the one in f64 is taken, as do three from a start moved in its last digits.
-        for seed in range(3, 20):
+        for seed in range(PASSED_OVER.get(name, 2) + 1, 20):
             first = {}
             steps, named = run(name, keys, torch.float32, first, seed)
             exact, reference = run(name, keys, torch.float64, {}, seed)
