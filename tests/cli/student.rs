@@ -202,7 +202,7 @@ fn a_loss_that_is_not_a_number_names_the_op_that_made_it() {
     refused_with(
         &["train", config.to_str().unwrap(), "--set", &set],
         &[
-            "step 0: the loss (NaN), first linear",
+            "step 0: the loss (NaN), first low_rank",
             "not finite",
             "optimizer.lr",
         ],
