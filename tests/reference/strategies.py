@@ -425,7 +425,8 @@ def run(name, keys, dtype, init, seed, shaken=0):
     return steps, named | {k: p.detach() for k, p in added.items()}
 
 
-# Seeds up to this one met a kink (of an activation, or of a minimum or maximum) in the engine's arithmetic.
+# Seeds up to this one lie beside a kink (of an activation, or of a minimum or maximum) that the moves below are too small
+# for: in float64, starts moved by 1e-5 change the ninth gradient norm by up to 7e-3 and the losses by 5e-6.
 PASSED_OVER = {"mean-layer": 3}
 
 
