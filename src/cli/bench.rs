@@ -151,12 +151,13 @@ fn measure_choices(args: &Args, context: &Context) -> Result<()> {
     })?;
     context.say(gpu.tier());
     let mut shapes = tune::shapes(&gpu);
+    let example = shapes.first().map(ToString::to_string).unwrap_or_default();
     if !args.filter.is_empty() {
         shapes.retain(|s| args.filter.iter().any(|f| s.to_string().contains(f)));
     }
     if shapes.is_empty() {
         return Err(Error::Input(format!(
-            "--filter {}: no product is written so; one is `1x300x1536x576 nt f32 f32 f32`",
+            "--filter {}: no product is written so; one is `{example}`",
             args.filter.join(" ")
         )));
     }

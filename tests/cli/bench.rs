@@ -73,10 +73,14 @@ fn tuning_measures_and_keeps_what_it_found() {
             .values()
             .all(|c| c["shape"] == shape && c["millis"].as_f64() > Some(0.0))
     );
-    refused_with(
-        &["bench", "--tune", "--filter", "nosuch"],
-        &["nosuch", "1x300x"],
-    );
+    // What a refusal gives as an example can be given.
+    let refused = tune("nosuch");
+    assert_eq!(refused.status.code(), Some(1));
+    let message = stderr(&refused);
+    assert!(message.contains("--filter nosuch"), "{message}");
+    let example = message.split('`').nth(1).expect("an example");
+    let given = tune(example);
+    assert_eq!(given.status.code(), Some(0), "{}", stderr(&given));
 }
 
 #[test]
