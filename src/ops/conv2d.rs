@@ -1,7 +1,9 @@
 //! 2-D convolution, channels last, as an implicit matrix product.
 
 use super::matmul::{Cooperative, MatmulOptions, matmul, reduce, window};
-use super::{conv2d_cooperative, conv2d_rows, dispatch_work, is_f16, rows};
+use super::{
+    conv2d_cooperative, conv2d_phases, conv2d_rows, conv2d_winograd, dispatch_work, is_f16, rows,
+};
 use crate::gpu::Kernel;
 use crate::tensor::{DType, Tensor};
 
@@ -43,6 +45,8 @@ pub enum Variant {
     Rows,
     /// Matrix units; the tile where they cannot.
     Cooperative(Cooperative),
+    /// A quarter of the multiplications, for 3×3 at stride 1; else the tier's own.
+    Winograd,
 }
 
 /// What a test may force: the kernel family, and the bytes from which images are cut into bands.
@@ -56,8 +60,15 @@ pub struct Force {
 }
 
 impl Force {
-    fn variant(&self, t: &Tensor) -> Option<Variant> {
-        self.variant.or(t.gpu().tier().cpu.then_some(Variant::Rows))
+    /// The family for `mode`; `None` where the types decide between the tile and matrix units.
+    fn variant(&self, mode: Mode, g: &Geometry, x: &Tensor) -> Option<Variant> {
+        let direct = x.gpu().tier().cpu.then_some(Variant::Rows);
+        match self.variant {
+            Some(Variant::Winograd) if !conv2d_winograd::serves(mode, g) => direct,
+            None if conv2d_winograd::pays(mode, g, x) => Some(Variant::Winograd),
+            None => direct,
+            forced => forced,
+        }
     }
 
     fn any(&self) -> bool {
@@ -215,8 +226,12 @@ fn pieces(mode: Mode, g: Geometry, x: &Tensor, y: &Tensor, force: &Force) -> Vec
         g.batch * side.iter().product::<usize>() * t.dtype().bytes() > limit
     };
     let long = !tier.cpu && g.flops() > DISPATCH_FLOPS;
-    let packed = force.variant(x) == Some(Variant::Rows)
-        && conv2d_rows::temporary_bytes(mode, &g) > rows::pack_limit(x).min(limit);
+    let temporary = match force.variant(mode, &g, x) {
+        Some(Variant::Rows) => conv2d_rows::temporary_bytes(mode, &g),
+        Some(Variant::Winograd) => conv2d_winograd::temporary_bytes(mode, &g),
+        _ => 0,
+    };
+    let packed = temporary > rows::pack_limit(x).min(limit);
     let height = if mode == Mode::Input {
         g.input[0]
     } else {
@@ -276,11 +291,25 @@ pub fn conv2d_with(
         return matmul(x, &w, &product);
     }
     let y = Tensor::empty(x.gpu(), x.dtype(), &g.output_shape());
-    let bands = pieces(Mode::Forward, g, x, &y, force);
-    for band in &bands {
-        launch(force, Mode::Forward, band, [x, w, &y], bias, 1, 0);
-    }
+    run(force, Mode::Forward, g, [x, w, &y], bias);
     y
+}
+
+/// Records the forward pass or the input gradient, `[unfolded, weight, result]`, in as many bands as it takes.
+pub(super) fn run(
+    force: &Force,
+    mode: Mode,
+    g: Geometry,
+    [x, w, y]: [&Tensor; 3],
+    bias: Option<&Tensor>,
+) {
+    let (input, output) = match mode {
+        Mode::Input => (y, x),
+        _ => (x, y),
+    };
+    for band in &pieces(mode, g, input, output, force) {
+        launch(force, mode, band, [x, w, y], bias, 1, 0);
+    }
 }
 
 /// Gradient of [`conv2d`] in its input, of shape `x_shape` and `dy`'s dtype.
@@ -317,11 +346,11 @@ pub fn conv2d_grad_input_with(
         };
         return matmul(dy, &w, &product);
     }
-    let dx = Tensor::empty(dy.gpu(), dy.dtype(), x_shape);
-    let bands = pieces(Mode::Input, g, &dx, dy, force);
-    for band in &bands {
-        launch(force, Mode::Input, band, [dy, w, &dx], None, 1, 0);
+    if let Some(dx) = conv2d_phases::grad_input(force, dy, w, &g, options) {
+        return dx;
     }
+    let dx = Tensor::empty(dy.gpu(), dy.dtype(), x_shape);
+    run(force, Mode::Input, g, [dy, w, &dx], None);
     dx
 }
 
@@ -371,7 +400,7 @@ pub fn conv2d_grad_weight_with(
     }
     let dw = Tensor::empty(x.gpu(), DType::F32, &shape);
     let bands = pieces(Mode::Weight, g, x, dy, force);
-    let splits = splits(force.variant(x), &bands, rows, columns);
+    let splits = splits(force.variant(Mode::Weight, &g, x), &bands, rows, columns);
     if bands.len() == 1 && splits == 1 {
         launch(force, Mode::Weight, &bands[0], [x, dy, &dw], None, 1, 0);
         return dw;
@@ -430,12 +459,14 @@ fn launch(
     if m * n == 0 {
         return;
     }
-    let variant = force.variant(x);
-    if variant == Some(Variant::Rows) {
-        return match mode {
-            Mode::Weight => conv2d_rows::launch_weight(g, [x, b, y], splits, at),
-            _ => conv2d_rows::launch(mode, g, [x, b, y], bias),
-        };
+    let variant = force.variant(mode, g, x);
+    match variant {
+        Some(Variant::Rows) if mode == Mode::Weight => {
+            return conv2d_rows::launch_weight(g, [x, b, y], splits, at);
+        }
+        Some(Variant::Rows) => return conv2d_rows::launch(mode, g, [x, b, y], bias),
+        Some(Variant::Winograd) => return conv2d_winograd::launch(mode, g, [x, b, y], bias),
+        _ => {}
     }
     let ((x, x_start), (b, b_start), (y, y_start)) = match mode {
         Mode::Forward => (
@@ -519,6 +550,7 @@ fn launch(
 pub fn variants() -> Vec<Kernel> {
     let mut kernels = conv2d_rows::variants();
     kernels.extend(conv2d_cooperative::variants());
+    kernels.extend(conv2d_winograd::variants());
     let float = [DType::F32, DType::F16];
     for per in [4, 8] {
         for x in float {
