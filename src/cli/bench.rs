@@ -8,7 +8,7 @@ use crate::Result;
 use crate::bench::{Report, compare, kernels, plot, training, tune, unet};
 use crate::error::Error;
 use crate::files::write_bytes;
-use crate::gpu::{Gpu, GpuOptions};
+use crate::gpu::{Gpu, GpuOptions, Tuning};
 use crate::ops::matmul;
 use crate::tensor::DType;
 use crate::train::config::Precision;
@@ -144,9 +144,8 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
 }
 
 fn measure_choices(args: &Args, context: &Context) -> Result<()> {
-    // Timestamps leave out what the host adds.
     let gpu = Gpu::new(&GpuOptions {
-        profile: true,
+        tuning: Tuning::Cached,
         ..context.gpu_options()
     })?;
     context.say(gpu.tier());

@@ -10,7 +10,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use tracing_subscriber::EnvFilter;
 
-use crate::gpu::{Gpu, GpuOptions, Tuning};
+use crate::gpu::{Gpu, GpuOptions, Tuning, TuningSpent};
 use crate::tensor::DType;
 use crate::train::config::Precision;
 use crate::{Error, Result};
@@ -47,6 +47,10 @@ pub struct Common {
         help_heading = "Common options"
     )]
     pub max_memory: Option<Bytes>,
+    /// Kernels that were measured to be the fastest here: not taken, those kept, or also measured at first use
+    /// [default: first-use on a GPU, cached on a driver that runs on the CPU]
+    #[arg(long, global = true, value_enum, help_heading = "Common options")]
+    pub tuning: Option<Tuning>,
     /// Time every kernel on the device and print the sums at the end
     #[arg(long, global = true, help_heading = "Common options")]
     pub profile: bool,
@@ -109,7 +113,7 @@ impl Context {
             adapter: self.common.adapter.clone(),
             max_bytes: self.common.max_memory.map(|Bytes(bytes)| bytes),
             profile: self.common.profile,
-            tuning: Tuning::Cached,
+            tuning: self.common.tuning.unwrap_or(Tuning::ByAdapter),
             ..GpuOptions::default()
         }
     }
@@ -121,6 +125,12 @@ impl Context {
         }
         let gpu = Gpu::new(&self.gpu_options())?;
         self.say(gpu.tier());
+        if let Some(path) = gpu.tuning_anew() {
+            self.say(format_args!(
+                "new adapter: the fastest kernel for each size of product is measured when it is first met, and kept in {}",
+                path.display()
+            ));
+        }
         Ok(self.gpu.get_or_init(|| gpu))
     }
 
@@ -142,6 +152,28 @@ impl Context {
                 time.count,
                 time.op
             );
+        }
+    }
+
+    /// Tells what measuring kernels has taken, where some were.
+    pub(super) fn print_tuning(&self) {
+        let Some(gpu) = self.gpu.get() else {
+            return;
+        };
+        let TuningSpent {
+            classes,
+            failed,
+            time,
+        } = gpu.tuning_spent();
+        if classes + failed > 0 {
+            let without = match failed {
+                0 => String::new(),
+                failed => format!("; {failed} could not be"),
+            };
+            self.say(format_args!(
+                "kernels for {classes} sizes of products were measured, in {:.1} s{without}; later runs take them",
+                time.as_secs_f64()
+            ));
         }
     }
 

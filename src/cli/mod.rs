@@ -120,6 +120,7 @@ pub fn main() -> ExitCode {
     let result = Context::new(cli.common).and_then(|context| {
         let result = cli.command.run(&context);
         context.print_profile();
+        context.print_tuning();
         result
     });
     match result {

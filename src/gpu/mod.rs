@@ -18,7 +18,7 @@ pub use profile::OpTime;
 pub use readback::ReadBack;
 pub use shader::{ShaderLibrary, stitched_wgsl};
 pub use stream::Binding;
-pub use tuning::{Tuned, Tuning};
+pub use tuning::{Tuned, Tuning, TuningSpent};
 
 use crate::error::{Error, Result};
 
@@ -35,7 +35,7 @@ pub struct GpuOptions {
     pub portable: bool,
     /// Compile shaders with bounds checks (tests); release runs without.
     pub checked: bool,
-    /// Whether kernels are chosen as `bench --tune` has measured.
+    /// Whether kernels are chosen as they were measured on this adapter.
     pub tuning: Tuning,
     /// Folder for what is kept between runs: compiled kernels, measured choices; `None` is the user's cache folder.
     pub cache_dir: Option<std::path::PathBuf>,
@@ -198,6 +198,19 @@ impl Gpu {
     /// Starts a new peak measurement at the current level.
     pub fn reset_peak(&self) {
         self.0.pool.reset_peak();
+    }
+
+    /// Device milliseconds of what `work` dispatches; 0 where the adapter has no timestamps. What was recorded before is
+    /// waited for, and [`Gpu::profile`] tells nothing of `work`.
+    pub(crate) fn device_millis(&self, work: impl FnOnce()) -> f64 {
+        self.flush();
+        self.poll_wait(None);
+        let profiler = profile::Profiler::new(self.0.tier.timestamps);
+        let outer = std::mem::replace(&mut *lock(&self.0.profiler), profiler);
+        work();
+        let times = self.profile();
+        *lock(&self.0.profiler) = outer;
+        times.iter().map(|op| op.millis).sum()
     }
 
     /// Time per op since the last call, longest first; empty unless opened with `profile`.

@@ -96,6 +96,11 @@ impl Pool {
         self.max_bytes
     }
 
+    /// Buffers made so far.
+    pub fn made(&self) -> u64 {
+        lock(&self.state).created
+    }
+
     pub fn stats(&self) -> MemoryStats {
         lock(&self.state).stats
     }
@@ -185,16 +190,20 @@ impl Gpu {
 
     /// Gives every free buffer back to the driver.
     pub fn trim(&self) {
+        self.trim_since(0);
+    }
+
+    /// Gives the free buffers back that were made after the first `made`.
+    pub(crate) fn trim_since(&self, made: u64) {
         self.flush();
         self.poll_wait(None);
         self.forget_bind_groups();
         let mut state = lock(&self.inner().pool.state);
-        let freed: u64 = state
-            .free
-            .drain()
-            .map(|(class, buffers)| class * buffers.len() as u64)
-            .sum();
-        state.stats.reserved_bytes -= freed;
+        let State { free, stats, .. } = &mut *state;
+        for (class, buffers) in free {
+            let given_back = buffers.split_off(&(made + 1));
+            stats.reserved_bytes -= class * given_back.len() as u64;
+        }
     }
 }
 

@@ -1,26 +1,31 @@
 //! Which kernel an op takes for which shape: measured choices, kept between runs. What the choices mean is the ops' affair.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 use rustc_hash::FxHashMap;
 use serde::{Deserialize, Serialize};
 
 use super::{Gpu, Tier, lock};
 use crate::error::{Error, Result};
-use crate::files::{read_text, write_bytes};
+use crate::files::{create_dir, read_text, write_bytes};
 
 /// Whether ops take measured choices. Another kernel adds in another order: with the same choices the same bits.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Tuning {
-    /// No: the same choices everywhere and always.
+    /// No: the usual choice always
     #[default]
     Off,
-    /// Those that `bench --tune` has measured on this adapter; shapes that it had not are noted for the next time.
+    /// Those that are kept; what is met without one is noted for `bench --tune`
     Cached,
-    /// Those, and a new shape is measured when it is met.
-    Measure,
+    /// Those, and what is met without one is measured there and then, and kept
+    FirstUse,
+    /// `FirstUse` on a GPU; `Cached` on a driver that runs on the CPU, where the usual choice is mostly the best.
+    #[value(skip)]
+    ByAdapter,
 }
 
 /// The choice measured for a class of shapes.
@@ -68,8 +73,8 @@ impl Cache {
         }
     }
 
-    /// The file's content if it is of this program, adapter and driver; an error says why it is of no use.
-    fn read(path: &Path, tier: &Tier) -> Result<Cache> {
+    /// The file's content if it is of the program, adapter and driver of `expected`; an error says why it is of no use.
+    fn read(path: &Path, expected: &Cache) -> Result<Cache> {
         let refused = |message: String| Error::file(path, message);
         let bytes = std::fs::metadata(path)
             .map_err(|e| Error::io(path, e))?
@@ -79,12 +84,12 @@ impl Cache {
         }
         let cache: Cache =
             serde_json::from_str(&read_text(path)?).map_err(|e| refused(e.to_string()))?;
-        let expected = Cache::empty(tier);
+        let format = [cache.format, FORMAT].map(|format| format.to_string());
         for (what, found, expected) in [
-            ("format", cache.format.to_string(), FORMAT.to_string()),
-            ("version", cache.version.clone(), expected.version),
-            ("adapter", cache.adapter.clone(), expected.adapter),
-            ("driver", cache.driver.clone(), expected.driver),
+            ("format", &format[0], &format[1]),
+            ("version", &cache.version, &expected.version),
+            ("adapter", &cache.adapter, &expected.adapter),
+            ("driver", &cache.driver, &expected.driver),
         ] {
             if found != expected {
                 return Err(refused(format!(
@@ -96,11 +101,71 @@ impl Cache {
     }
 }
 
+/// What a run has measured at first use.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct TuningSpent {
+    /// Classes that have a choice now.
+    pub classes: usize,
+    /// Classes that could not be measured.
+    pub failed: usize,
+    /// Time that it took.
+    pub time: Duration,
+}
+
 #[derive(Default)]
 struct State {
     cache: Cache,
     changed: bool,
+    /// Classes whose choice replaces the file's; else the file's, which an earlier run obeys, stays.
+    replaced: BTreeSet<String>,
     decisions: FxHashMap<[u32; 5], u64>,
+    /// Whether the file can be written; unknown before the first measurement.
+    keeps: Option<bool>,
+    /// Classes that are not measured in this run any more.
+    failed: HashSet<String>,
+    spent: TuningSpent,
+}
+
+impl State {
+    /// Writes what has changed, together with what other runs have kept meanwhile.
+    fn save(&mut self, path: &Path) -> Result<()> {
+        let _held = hold(path)?;
+        if let Ok(file) = Cache::read(path, &self.cache) {
+            for (class, tuned) in file.choices {
+                if !self.replaced.contains(&class) {
+                    self.cache.choices.insert(class, tuned);
+                }
+            }
+            self.cache.missing.extend(file.missing);
+        }
+        let Cache {
+            choices, missing, ..
+        } = &mut self.cache;
+        missing.retain(|class, _| !choices.contains_key(class));
+        let text = serde_json::to_string_pretty(&self.cache)
+            .map_err(|e| Error::file(path, e.to_string()))?;
+        write_bytes(path, text.as_bytes())?;
+        self.replaced.clear();
+        self.changed = false;
+        Ok(())
+    }
+}
+
+/// Keeps other runs from writing the cache while the file lives; none where the file system has no locks.
+fn hold(path: &Path) -> Result<Option<File>> {
+    create_dir(path.parent().unwrap_or(path))?;
+    let Ok(file) = File::create(path.with_extension("lock")) else {
+        return Ok(None);
+    };
+    // Others write for milliseconds; one that is stopped while it does is not waited for.
+    for _ in 0..200 {
+        match file.try_lock() {
+            Ok(()) => return Ok(Some(file)),
+            Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(10)),
+            Err(TryLockError::Error(_)) => break,
+        }
+    }
+    Ok(None)
 }
 
 pub(crate) struct Tuner {
@@ -112,6 +177,11 @@ pub(crate) struct Tuner {
 impl Tuner {
     /// Reads the cache of this adapter in `dir`. One that is of no use is left aside with a warning, and replaced.
     pub fn new(mode: Tuning, dir: Option<PathBuf>, tier: &Tier) -> Tuner {
+        let mode = match mode {
+            Tuning::ByAdapter if tier.cpu => Tuning::Cached,
+            Tuning::ByAdapter => Tuning::FirstUse,
+            mode => mode,
+        };
         let plain = |c: char| if c.is_ascii_alphanumeric() { c } else { '-' };
         let name: String = tier.name.chars().take(80).map(plain).collect();
         let path = dir
@@ -122,7 +192,7 @@ impl Tuner {
             ..State::default()
         };
         if let Some(path) = path.as_ref().filter(|path| path.exists()) {
-            match Cache::read(path, tier) {
+            match Cache::read(path, &state.cache) {
                 Ok(cache) => state.cache = cache,
                 Err(error) => {
                     tracing::warn!(
@@ -141,15 +211,50 @@ impl Tuner {
 
     fn save(&self) -> Result<()> {
         let mut state = lock(&self.state);
-        let Some(path) = self.path.as_ref().filter(|_| state.changed) else {
-            return Ok(());
-        };
-        let text = serde_json::to_string_pretty(&state.cache)
-            .map_err(|e| Error::file(path, e.to_string()))?;
-        write_bytes(path, text.as_bytes())?;
-        state.changed = false;
-        Ok(())
+        match &self.path {
+            Some(path) if state.changed => state.save(path),
+            _ => Ok(()),
+        }
     }
+
+    /// Whether what is measured now can be kept. If not, nothing is: each run would choose, and add, in its own way.
+    fn keeps(&self) -> bool {
+        let mut state = lock(&self.state);
+        if self.mode != Tuning::FirstUse {
+            return false;
+        }
+        if state.keeps.is_none() {
+            let written = match &self.path {
+                Some(path) => state.save(path),
+                None => Err(Error::Input("this system names no cache folder".into())),
+            };
+            state.keeps = Some(written.is_ok());
+            if let Err(error) = written {
+                unkept(&error);
+            }
+        }
+        state.keeps == Some(true)
+    }
+
+    /// Keeps what was measured for a class, on disk before the first product obeys it, and gives what to obey: another
+    /// run may have been first.
+    fn keep(&self, state: &mut State, class: &str, tuned: Tuned) -> Option<Tuned> {
+        let path = self.path.as_ref()?;
+        state.cache.choices.insert(class.into(), tuned);
+        if let Err(error) = state.save(path) {
+            state.cache.choices.remove(class);
+            state.keeps = Some(false);
+            unkept(&error);
+        }
+        state.cache.choices.get(class).cloned()
+    }
+}
+
+fn unkept(error: &Error) {
+    tracing::warn!(
+        "kernels are not measured on this adapter, the usual ones are taken: what is found could not be kept: {error}; \
+         make room or let it be written, name another cache folder in XDG_CACHE_HOME, or give `--tuning cached`"
+    );
 }
 
 impl Drop for Tuner {
@@ -165,7 +270,7 @@ impl Gpu {
         &self.inner().tuner
     }
 
-    /// What it was opened with.
+    /// What it was opened with; never [`Tuning::ByAdapter`].
     pub fn tuning(&self) -> Tuning {
         self.tuner().mode
     }
@@ -175,17 +280,88 @@ impl Gpu {
         lock(&self.tuner().state).cache.choices.get(class).cloned()
     }
 
+    /// The choice for a class: the one that is kept, else the one that `measure` finds, where this run measures. A class
+    /// that has none is noted with a shape of it.
+    pub(crate) fn tuned_or(
+        &self,
+        class: &str,
+        shape: &str,
+        measure: impl FnOnce() -> Result<Tuned>,
+    ) -> Option<Tuned> {
+        let tuned = self.tuned(class).or_else(|| self.first_use(class, measure));
+        if tuned.is_none() {
+            self.note_untuned(class, shape);
+        }
+        tuned
+    }
+
+    /// Measures a class in the middle of a run, which goes on as it was whatever comes of it.
+    fn first_use(&self, class: &str, measure: impl FnOnce() -> Result<Tuned>) -> Option<Tuned> {
+        let tuner = self.tuner();
+        if lock(&tuner.state).failed.contains(class) || !tuner.keeps() {
+            return None;
+        }
+        // What was recorded before is not to be timed, and its errors are not the measurement's.
+        if let Err(error) = self.wait() {
+            self.fault(error);
+            return None;
+        }
+        let (start, before) = (Instant::now(), self.inner().pool.made());
+        let measured = measure();
+        self.trim_since(before);
+        let mut state = lock(&tuner.state);
+        state.spent.time += start.elapsed();
+        match measured {
+            Ok(tuned) => {
+                let kept = tuner.keep(&mut state, class, tuned);
+                state.spent.classes += usize::from(kept.is_some());
+                kept
+            }
+            Err(error @ Error::DeviceLost(_)) => {
+                self.fault(error);
+                None
+            }
+            Err(error) => {
+                if state.failed.is_empty() {
+                    let why = match error {
+                        Error::OutOfMemory { .. } => "there is no GPU memory left for it".into(),
+                        error => error.to_string(),
+                    };
+                    tracing::warn!(
+                        "{class}: not measured: {why}; the usual kernel is taken in this run, and a later one measures"
+                    );
+                }
+                state.failed.insert(class.into());
+                state.spent.failed += 1;
+                None
+            }
+        }
+    }
+
+    /// What measuring at first use has taken so far.
+    pub fn tuning_spent(&self) -> TuningSpent {
+        lock(&self.tuner().state).spent
+    }
+
+    /// Where what is measured at first use will be kept, if this adapter has nothing kept yet.
+    pub fn tuning_anew(&self) -> Option<&Path> {
+        let tuner = self.tuner();
+        let empty = || lock(&tuner.state).cache.choices.is_empty();
+        let anew = tuner.mode == Tuning::FirstUse && empty() && tuner.keeps();
+        tuner.path.as_deref().filter(|_| anew)
+    }
+
     /// Keeps the choice measured for a class, in this run from the next op of the class on.
     pub fn set_tuned(&self, class: &str, tuned: Tuned) {
         let mut state = lock(&self.tuner().state);
         state.cache.missing.remove(class);
         state.cache.choices.insert(class.into(), tuned);
+        state.replaced.insert(class.into());
         state.decisions.clear();
         state.changed = true;
     }
 
-    /// Notes that a run has met a class that has no choice, and a shape of it.
-    pub(crate) fn note_untuned(&self, class: &str, shape: &str) {
+    fn note_untuned(&self, class: &str, shape: &str) {
         let mut state = lock(&self.tuner().state);
         let missing = &mut state.cache.missing;
         if missing.len() < MAX_MISSING && !missing.contains_key(class) {

@@ -16,4 +16,5 @@ mod support;
 mod targets;
 mod teacher;
 mod tui;
+mod tuning;
 mod usage;

@@ -1,9 +1,10 @@
 //! The cache of measured choices: kept between runs, left aside where it is of no use.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
 
 use lavender_wgpu::gpu::{Gpu, GpuOptions, Tuned, Tuning};
+
+use crate::support::warnings;
 
 fn open(tuning: Tuning, dir: &Path) -> Gpu {
     Gpu::new(&GpuOptions {
@@ -46,21 +47,6 @@ fn choices_are_kept_for_the_next_run_unless_it_wants_none() {
     assert!(!path.exists());
 }
 
-/// Counts warnings that name a tuning cache.
-#[derive(Clone, Default)]
-struct Warnings(Arc<Mutex<Vec<u8>>>);
-
-impl std::io::Write for Warnings {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().extend(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
 #[test]
 fn a_cache_of_no_use_is_left_aside_with_one_warning_and_replaced() {
     let dir = tempfile::tempdir().unwrap();
@@ -100,18 +86,10 @@ fn a_cache_of_no_use_is_left_aside_with_one_warning_and_replaced() {
     for (what, text, told) in bad {
         assert_ne!(text, good, "{what}");
         std::fs::write(&path, &text).unwrap();
-        let warnings = Warnings::default();
-        let to = warnings.clone();
-        let subscriber = tracing_subscriber::fmt()
-            .with_max_level(tracing::Level::WARN)
-            .with_ansi(false)
-            .with_writer(move || to.clone())
-            .finish();
-        tracing::subscriber::with_default(subscriber, || {
+        let log = warnings(|| {
             let gpu = open(Tuning::Cached, dir.path());
             assert_eq!(gpu.tuned("matmul class"), None, "{what}");
         });
-        let log = String::from_utf8(warnings.0.lock().unwrap().clone()).unwrap();
         assert_eq!(log.matches("left aside").count(), 1, "{what}: {log}");
         assert!(log.contains(told), "{what}: {log}");
         // It was replaced by an empty one of this adapter: no warning any more.
@@ -125,4 +103,50 @@ fn a_cache_of_no_use_is_left_aside_with_one_warning_and_replaced() {
     std::fs::remove_file(&path).unwrap();
     std::fs::create_dir(&path).unwrap();
     assert_eq!(open(Tuning::Cached, dir.path()).tuned("matmul class"), None);
+}
+
+#[test]
+fn runs_at_the_same_time_keep_what_each_has_found() {
+    let dir = tempfile::tempdir().unwrap();
+    let runs: Vec<Gpu> = (0..4).map(|_| open(Tuning::Cached, dir.path())).collect();
+    std::thread::scope(|threads| {
+        for (i, gpu) in runs.iter().enumerate() {
+            threads.spawn(move || {
+                for j in 0..20 {
+                    gpu.set_tuned(&format!("class {i} {j}"), tuned());
+                    gpu.save_tuning().expect("written");
+                }
+            });
+        }
+    });
+    let after = open(Tuning::Cached, dir.path());
+    assert_eq!(after.tuning_shapes().len(), 80);
+    // What is set anew on purpose replaces what is kept.
+    let other = Tuned {
+        choice: "tile 4".into(),
+        ..tuned()
+    };
+    runs[0].set_tuned("class 1 1", other.clone());
+    runs[0].save_tuning().expect("written");
+    let after = open(Tuning::Cached, dir.path());
+    assert_eq!(after.tuned("class 1 1"), Some(other));
+}
+
+#[test]
+fn the_adapter_says_whether_first_use_measures() {
+    let dir = tempfile::tempdir().unwrap();
+    let gpu = open(Tuning::ByAdapter, dir.path());
+    let expected = match gpu.tier().cpu {
+        true => Tuning::Cached,
+        false => Tuning::FirstUse,
+    };
+    assert_eq!(gpu.tuning(), expected);
+    // Where a run would measure, a new adapter's user is told where that is kept; it can be.
+    let measuring = open(Tuning::FirstUse, dir.path());
+    let path = measuring.tuning_anew().expect("nothing is kept").to_owned();
+    assert!(path.starts_with(dir.path()) && path.exists());
+    measuring.set_tuned("matmul class", tuned());
+    drop(measuring);
+    assert_eq!(open(Tuning::FirstUse, dir.path()).tuning_anew(), None);
+    assert_eq!(open(Tuning::Cached, dir.path()).tuning_anew(), None);
 }

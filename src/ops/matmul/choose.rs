@@ -160,34 +160,21 @@ pub(super) fn choice(o: &Operands<'_>, g: &Geometry, asked: Option<Choice>) -> C
         return Choice::from_bits(bits);
     }
     let choice = measured(o, g, &shape).unwrap_or_else(|| usual(o, g));
-    gpu.decide(key, choice.bits());
+    // With an error pending nothing runs and nothing is measured: whoever comes after it decides.
+    if !gpu.failing() {
+        gpu.decide(key, choice.bits());
+    }
     choice
 }
 
-/// The choice that the cache holds, if it works here.
+/// The choice that is kept or measured now, if it works here.
 fn measured(o: &Operands<'_>, g: &Geometry, shape: &Shape) -> Option<Choice> {
     let gpu = o.a.gpu();
     if gpu.tuning() == Tuning::Off || !shape.counts() {
         return None;
     }
     let class = shape.class();
-    let tuned = match gpu.tuned(&class) {
-        Some(tuned) => tuned,
-        None if gpu.tuning() == Tuning::Measure => match tune(gpu, shape) {
-            Ok(tuned) => {
-                gpu.set_tuned(&class, tuned.clone());
-                tuned
-            }
-            Err(error) => {
-                gpu.fault(error);
-                return None;
-            }
-        },
-        None => {
-            gpu.note_untuned(&class, &shape.to_string());
-            return None;
-        }
-    };
+    let tuned = gpu.tuned_or(&class, &shape.to_string(), || tune(gpu, shape))?;
     let choice = tuned.choice.parse().ok();
     let choice = choice.filter(|choice: &Choice| works(choice.variant, o, g));
     if choice.is_none() {
@@ -259,7 +246,7 @@ fn likely(tier: &Tier, o: &Operands<'_>, g: &Geometry) -> Vec<Variant> {
     order
 }
 
-/// What tuning measures beside the usual choice: families that serve, and their ways.
+/// What tuning measures beside the usual choice: families that serve and compile, and their ways.
 pub(super) fn alternatives(o: &Operands<'_>, g: &Geometry) -> Vec<Choice> {
     let tier = o.a.gpu().tier();
     let cooperative = |size, fragments| Variant::Cooperative(Cooperative { size, fragments });
@@ -289,7 +276,7 @@ pub(super) fn alternatives(o: &Operands<'_>, g: &Geometry) -> Vec<Choice> {
     if tier.cpu && launch::packs_b(&o.with(usual), g) != launch::packs_b(&o.with(otherwise), g) {
         choices.push(otherwise);
     }
-    choices.retain(|choice| serves(choice.variant, tier, o, g));
+    choices.retain(|choice| works(choice.variant, o, g));
     choices
 }
 

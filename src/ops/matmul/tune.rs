@@ -1,6 +1,6 @@
 //! Measures how a product is done fastest on the adapter at hand.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::choose::{Choice, alternatives, usual};
 use super::right::{Right, Storage};
@@ -56,8 +56,8 @@ fn cropped(shape: &Shape, tier: &Tier) -> Shape {
     s
 }
 
-/// Times the ways of doing a product of this shape, or of one like it that is small enough, and tells the fastest.
-/// On a GPU opened with `profile`, by its timestamps, otherwise by the clock.
+/// Times the ways of doing a product of this shape, or of one like it that is small enough, and tells the fastest,
+/// by timestamps, or by the clock where there are none.
 ///
 /// # Errors
 /// Any GPU error.
@@ -213,22 +213,26 @@ impl Trial {
 
     fn run(&mut self, choice: Choice, products: usize) -> Result<f64> {
         let gpu = self.a.gpu();
-        // Nothing of an earlier run may count.
-        gpu.profile();
-        let start = Instant::now();
-        for _ in 0..products {
-            match &self.b {
-                Right::Float(b) => matmul_as(Some(choice), &self.a, b, &self.options()),
-                Right::Quantized(w) => {
-                    matmul_quantized_as(Some(choice), &self.a, w, &self.options())
-                }
-            };
-        }
-        gpu.wait()?;
-        let elapsed = start.elapsed().as_secs_f64() * 1e3;
-        let kernels: f64 = gpu.profile().iter().map(|op| op.millis).sum();
+        let (mut elapsed, mut done) = (Duration::ZERO, Ok(()));
+        let kernels = gpu.device_millis(|| {
+            let start = Instant::now();
+            for _ in 0..products {
+                match &self.b {
+                    Right::Float(b) => matmul_as(Some(choice), &self.a, b, &self.options()),
+                    Right::Quantized(w) => {
+                        matmul_quantized_as(Some(choice), &self.a, w, &self.options())
+                    }
+                };
+            }
+            done = gpu.wait();
+            elapsed = start.elapsed();
+        });
+        done?;
         self.flops += products * self.shape.flops();
-        Ok(if kernels > 0.0 { kernels } else { elapsed })
+        Ok(match kernels {
+            0.0 => elapsed.as_secs_f64() * 1e3,
+            millis => millis,
+        })
     }
 }
 
