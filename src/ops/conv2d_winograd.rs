@@ -15,8 +15,8 @@ const SIDE: usize = 4;
 /// Tiles from which it pays: the weight is taken to the points anew each time, 36 values for 9.
 const LEAST_TILES: usize = 16;
 
-/// Channels of the image read from which it pays.
-const LEAST_CHANNELS: usize = 16;
+/// Channels of the image read from which it pays: those of fewer are short, and summed directly more exactly.
+const LEAST_CHANNELS: usize = 64;
 
 #[repr(C)]
 #[derive(Clone, Copy, Default, bytemuck::Pod, bytemuck::Zeroable)]
