@@ -1,6 +1,6 @@
-// c = activation(a·b + bias) + residual on matrix units (wgsl/common/matrix_units.wgsl). The next step's operands are on
+// c = ended(activation(a·b + bias)) on matrix units (wgsl/common/matrix_units.wgsl). The next step's operands are on
 // their way to registers while this one's are multiplied.
-#import activation::activation
+#import activation::{activation, ended}
 #import matrix_units::{A_LINE, B_LINE, BLOCK, BLOCKS, Elem, FRAGMENTS, LOADS, Matrices, Quads, SIZE, STEP, THREADS, TILE, advance, multiply, put, result, stage}
 #ifdef QUANTIZED
 #import quantized::{quad, quad_word, scale_word}
@@ -35,7 +35,7 @@ struct Params {
     splits: u32,
     k_part: u32,
     has_bias: u32,
-    has_residual: u32,
+    ending: u32,
     function: u32,
     fa: f32,
     fb: f32,
@@ -72,7 +72,7 @@ alias BElem = f32;
 #endif
 @group(0) @binding(2) var<storage, read_write> c: array<CElem>;
 @group(0) @binding(3) var<storage, read> bias: array<f32>;
-@group(0) @binding(4) var<storage, read> residual: array<CElem>;
+@group(0) @binding(4) var<storage, read> other: array<CElem>;
 var<immediate> p: Params;
 
 // How many of four elements from `at` on lie before `end`, if their line lies in the matrix.
@@ -178,8 +178,8 @@ fn store(matrices: ptr<function, Matrices>, to: Place) {
                     v += bias[p.bias_start + x];
                 }
                 v = activation(p.function, p.fa, p.fb, v);
-                if p.has_residual != 0u {
-                    v += f32(residual[at]);
+                if p.ending != 0u {
+                    v = ended(p.ending, f32(other[at]), v, f32(CElem(v)));
                 }
                 c[at] = CElem(v);
             }

@@ -1,5 +1,5 @@
 // Adds the partial sums of a product whose k was split, in order, and applies the epilogue.
-#import activation::activation
+#import activation::{activation, ended}
 #import index::thread_index
 
 #ifdef F16
@@ -17,7 +17,7 @@ struct Params {
     sums_start: u32,
     c_start: u32,
     has_bias: u32,
-    has_residual: u32,
+    ending: u32,
     function: u32,
     fa: f32,
     fb: f32,
@@ -26,7 +26,7 @@ struct Params {
 @group(0) @binding(0) var<storage, read> parts: array<f32>;
 @group(0) @binding(1) var<storage, read_write> c: array<CElem>;
 @group(0) @binding(2) var<storage, read> bias: array<f32>;
-@group(0) @binding(3) var<storage, read> residual: array<CElem>;
+@group(0) @binding(3) var<storage, read> other: array<CElem>;
 var<immediate> p: Params;
 
 @compute @workgroup_size(64)
@@ -48,8 +48,8 @@ fn main(
         v += bias[i % p.n];
     }
     v = activation(p.function, p.fa, p.fb, v);
-    if p.has_residual != 0u {
-        v += f32(residual[p.c_start + i]);
+    if p.ending != 0u {
+        v = ended(p.ending, f32(other[p.c_start + i]), v, f32(CElem(v)));
     }
     c[p.c_start + i] = CElem(v);
 }

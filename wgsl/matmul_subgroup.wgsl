@@ -1,7 +1,7 @@
-// c = activation(a·b + bias) + residual in registers alone: a subgroup sums 8 rows by 4 columns a thread, b's columns
+// c = ended(activation(a·b + bias)) in registers alone: a subgroup sums 8 rows by 4 columns a thread, b's columns
 // read by the threads that own them, a's elements by one thread each and handed round. No shared memory, no barrier,
 // so subgroups of any size from 8 on share the workgroup's blocks among them.
-#import activation::activation
+#import activation::{activation, ended}
 #ifdef QUANTIZED
 #import quantized::{quad, quad_word, scale_word}
 #endif
@@ -35,7 +35,7 @@ struct Params {
     splits: u32,
     k_part: u32,
     has_bias: u32,
-    has_residual: u32,
+    ending: u32,
     function: u32,
     fa: f32,
     fb: f32,
@@ -72,7 +72,7 @@ alias BElem = f32;
 #endif
 @group(0) @binding(2) var<storage, read_write> c: array<CElem>;
 @group(0) @binding(3) var<storage, read> bias: array<f32>;
-@group(0) @binding(4) var<storage, read> residual: array<CElem>;
+@group(0) @binding(4) var<storage, read> other: array<CElem>;
 var<immediate> p: Params;
 
 const ROWS = 8u;
@@ -209,8 +209,8 @@ fn main(
                         v += bias[p.bias_start + x];
                     }
                     v = activation(p.function, p.fa, p.fb, v);
-                    if p.has_residual != 0u {
-                        v += f32(residual[at]);
+                    if p.ending != 0u {
+                        v = ended(p.ending, f32(other[at]), v, f32(CElem(v)));
                     }
                     c[at] = CElem(v);
                 }

@@ -1,8 +1,8 @@
-// c = activation(a·b + bias) + residual for GPUs: a square tile of c per workgroup, staged through
+// c = ended(activation(a·b + bias)) for GPUs: a square tile of c per workgroup, staged through
 // shared memory, PER×PER results a thread. Threads interleave (row = ty + 16 i) so that shared reads
 // are free of bank conflicts and stores to c are coalesced. A4, B4: the operand is read four elements at
 // a time, which its strides allow; quantised weights always are.
-#import activation::activation
+#import activation::{activation, ended}
 #ifdef QUANTIZED
 #import quantized::{quad, quad_word, scale_word}
 #endif
@@ -36,7 +36,7 @@ struct Params {
     splits: u32,
     k_part: u32,
     has_bias: u32,
-    has_residual: u32,
+    ending: u32,
     function: u32,
     fa: f32,
     fb: f32,
@@ -71,7 +71,7 @@ alias BElem = f32;
 #endif
 @group(0) @binding(2) var<storage, read_write> c: array<CElem>;
 @group(0) @binding(3) var<storage, read> bias: array<f32>;
-@group(0) @binding(4) var<storage, read> residual: array<CElem>;
+@group(0) @binding(4) var<storage, read> other: array<CElem>;
 #ifdef QUANTIZED
 @group(0) @binding(5) var<storage, read> scales: array<u32>;
 #endif
@@ -240,8 +240,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                     v += bias[p.bias_start + col];
                 }
                 v = activation(p.function, p.fa, p.fb, v);
-                if p.has_residual != 0u {
-                    v += f32(residual[at]);
+                if p.ending != 0u {
+                    v = ended(p.ending, f32(other[at]), v, f32(CElem(v)));
                 }
                 c[at] = CElem(v);
             }

@@ -1,7 +1,7 @@
-// c = activation(a·bᵀ + bias) + residual for few rows of a: b is read once, along its rows. LANES
+// c = ended(activation(a·bᵀ + bias)) for few rows of a: b is read once, along its rows. LANES
 // threads share a row of b: 1 on drivers that run on the CPU, 32 (coalesced, added through shared
 // memory) on GPUs.
-#import activation::activation
+#import activation::{activation, ended}
 #ifdef QUANTIZED
 #import quantized::{quad, quad_word, scale_word}
 #endif
@@ -29,7 +29,7 @@ struct Params {
     c_start: u32,
     bias_start: u32,
     has_bias: u32,
-    has_residual: u32,
+    ending: u32,
     function: u32,
     fa: f32,
     fb: f32,
@@ -52,7 +52,7 @@ struct Params {
 #endif
 @group(0) @binding(2) var<storage, read_write> c: array<CElem>;
 @group(0) @binding(3) var<storage, read> bias: array<f32>;
-@group(0) @binding(4) var<storage, read> residual: array<CElem>;
+@group(0) @binding(4) var<storage, read> other: array<CElem>;
 var<immediate> p: Params;
 
 const ROWS = #{ROWS}u;
@@ -86,8 +86,8 @@ fn store(row: u32, col: u32, sum: f32) {
         v += bias[p.bias_start + col];
     }
     v = activation(p.function, p.fa, p.fb, v);
-    if p.has_residual != 0u {
-        v += f32(residual[at]);
+    if p.ending != 0u {
+        v = ended(p.ending, f32(other[at]), v, f32(CElem(v)));
     }
     c[at] = CElem(v);
 }

@@ -11,7 +11,7 @@ use crate::ops::geglu::{geglu, geglu_backward};
 use crate::ops::group_norm::{GroupNorm, group_norm, group_norm_backward};
 use crate::ops::layer_norm::{layer_norm, layer_norm_backward};
 use crate::ops::linear_cross_entropy::{LinearCrossEntropy, linear_cross_entropy};
-use crate::ops::matmul::{MatmulOptions, matmul, matmul_quantized};
+use crate::ops::matmul::{Ending, MatmulOptions, matmul, matmul_quantized};
 use crate::ops::reduce::{Reduce, reduce, reduce_as};
 use crate::ops::resize_bilinear::{resize_bilinear, resize_bilinear_backward};
 use crate::ops::rms_norm::{rms_norm, rms_norm_backward};
@@ -85,6 +85,31 @@ impl Var {
             grads.extend(added_gradients(has_bias, dy, &needs[2..]));
             grads
         })
+    }
+
+    /// [`swiglu`] of `gate` [.., out] and [`Var::linear`]; one kernel where nothing needs a gradient.
+    pub fn linear_gated(&self, weight: &Var, bias: Option<&Var>, gate: &Var) -> Var {
+        let inputs = [self, weight, gate];
+        if recording() && inputs.into_iter().chain(bias).any(Var::needs_grad) {
+            return swiglu(gate, &self.linear(weight, bias));
+        }
+        let options = gated_options(bias, gate);
+        let y = matmul(self.value(), weight.value(), &options);
+        Var::from_op("linear_gated", y, &[], |_, _| Vec::new())
+    }
+
+    /// [`Var::linear_gated`] with a quantised weight, which is frozen.
+    pub fn linear_quantized_gated(
+        &self,
+        weight: &QuantizedMatrix,
+        bias: Option<&Var>,
+        gate: &Var,
+    ) -> Var {
+        if recording() && [self, gate].into_iter().chain(bias).any(Var::needs_grad) {
+            return swiglu(gate, &self.linear_quantized(weight, bias, None));
+        }
+        let y = matmul_quantized(self.value(), weight, &gated_options(bias, gate));
+        Var::from_op("linear_gated", y, &[], |_, _| Vec::new())
     }
 
     /// onto + scale · (self · aᵀ) · bᵀ, a [rank, in], b [out, rank]: a low-rank update of a linear layer's output `onto`
@@ -358,15 +383,23 @@ fn linear_options<'a>(bias: Option<&'a Var>, onto: Option<&'a Var>) -> MatmulOpt
     MatmulOptions {
         trans_b: true,
         bias: bias.map(Var::value),
-        residual: onto.map(Var::value),
+        ending: onto.map(|onto| Ending::Residual(onto.value())),
         ..Default::default()
+    }
+}
+
+/// How a linear layer multiplies whose output's gate is known: silu(gate)·(x·wᵀ + bias).
+fn gated_options<'a>(bias: Option<&'a Var>, gate: &'a Var) -> MatmulOptions<'a> {
+    MatmulOptions {
+        ending: Some(Ending::Gate(gate.value())),
+        ..linear_options(bias, None)
     }
 }
 
 /// A product added to what its place has already.
 fn on_top_of(earlier: Option<&Tensor>) -> MatmulOptions<'_> {
     MatmulOptions {
-        residual: earlier,
+        ending: earlier.map(Ending::Residual),
         ..Default::default()
     }
 }

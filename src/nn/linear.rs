@@ -2,7 +2,7 @@
 
 use super::loader::{Init, Loader};
 use super::lora::Lora;
-use crate::autograd::{Var, enter_layer};
+use crate::autograd::{Var, enter_layer, swiglu};
 use crate::error::Result;
 use crate::ops::cast::cast;
 use crate::tensor::{DType, QuantizedMatrix, Tensor};
@@ -91,6 +91,22 @@ impl Linear {
     /// x [.., inputs] → `onto` [.., outputs] + what [`Linear::forward`] gives: the end of a residual branch.
     pub fn forward_onto(&self, x: &Var, onto: &Var) -> Var {
         self.added(x, Some(onto))
+    }
+
+    /// silu(gate) · what [`Linear::forward`] gives, `gate` [.., outputs]: a SwiGLU's other half.
+    pub fn forward_gated(&self, x: &Var, gate: &Var) -> Var {
+        let bias = self.bias.as_ref();
+        match (&self.weight, &self.lora) {
+            (_, Some(_)) => swiglu(gate, &self.forward(x)),
+            (Weight::Float(weight), None) => {
+                enter_layer(&self.name);
+                x.linear_gated(weight, bias, gate)
+            }
+            (Weight::Quantized(weight), None) => {
+                enter_layer(&self.name);
+                x.linear_quantized_gated(weight, bias, gate)
+            }
+        }
     }
 
     fn added(&self, x: &Var, onto: Option<&Var>) -> Var {

@@ -1,5 +1,6 @@
 //! Matrix product with transposed or broadcast operands and a fused epilogue.
 
+use super::swiglu::swiglu;
 use super::unary::Unary;
 use super::{THREADS, dispatch, is_f16, linear_groups, rows};
 use crate::gpu::Kernel;
@@ -35,10 +36,34 @@ pub struct MatmulOptions<'a> {
     pub bias: Option<&'a Tensor>,
     /// Applied after the bias.
     pub activation: Option<Unary>,
-    /// Added last: shape and dtype of the result.
-    pub residual: Option<&'a Tensor>,
+    /// What is done last.
+    pub ending: Option<Ending<'a>>,
     /// Dtype of the result (F32 or F16); that of `a` when `None`.
     pub output: Option<DType>,
+}
+
+/// What a product ends with: a tensor of the result's shape and dtype.
+#[derive(Clone, Copy, Debug)]
+pub enum Ending<'a> {
+    /// It is added.
+    Residual(&'a Tensor),
+    /// Its SiLU is a factor: the product is the other half of a SwiGLU.
+    Gate(&'a Tensor),
+}
+
+impl<'a> Ending<'a> {
+    fn tensor(self) -> &'a Tensor {
+        let (Ending::Residual(tensor) | Ending::Gate(tensor)) = self;
+        tensor
+    }
+
+    /// The same with another tensor.
+    fn with(self, tensor: &Tensor) -> Ending<'_> {
+        match self {
+            Ending::Residual(_) => Ending::Residual(tensor),
+            Ending::Gate(_) => Ending::Gate(tensor),
+        }
+    }
 }
 
 /// Kernel families of [`matmul`]; the tier chooses unless a test forces one.
@@ -99,7 +124,7 @@ impl Operands<'_> {
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 struct Epilogue {
     has_bias: u32,
-    has_residual: u32,
+    ending: u32,
     function: u32,
     a: f32,
     b: f32,
@@ -110,7 +135,11 @@ impl Epilogue {
         let (code, [a, b]) = options.activation.map_or((0, [0.0; 2]), Unary::code);
         Epilogue {
             has_bias: options.bias.is_some().into(),
-            has_residual: options.residual.is_some().into(),
+            ending: match options.ending {
+                None => 0,
+                Some(Ending::Residual(_)) => 1,
+                Some(Ending::Gate(_)) => 2,
+            },
             function: code as u32,
             a,
             b,
@@ -130,7 +159,7 @@ struct ReduceParams {
     epilogue: Epilogue,
 }
 
-/// activation(a·b + bias) + residual.
+/// activation(a·b + bias) + residual, or silu(gate) · activation(a·b + bias).
 ///
 /// `a` is [.., M, K] (F32 or F16), `b` [.., K, N] (F32, F16 or Bf16), either transposed by its flag;
 /// leading dimensions are equal, or one operand has none and is used for all. The result is [.., M, N]
@@ -210,10 +239,11 @@ fn product(
             "matmul: bias {bias:?} for {shape:?}"
         );
     }
-    if let Some(residual) = options.residual {
+    if let Some(ending) = options.ending {
+        let tensor = ending.tensor();
         assert!(
-            residual.dtype() == dtype && residual.elements() == c.elements(),
-            "matmul: residual {residual:?} for {shape:?}"
+            tensor.dtype() == dtype && tensor.elements() == c.elements(),
+            "matmul: {ending:?} for {shape:?}"
         );
     }
     let operands = Operands {
@@ -226,10 +256,25 @@ fn product(
     let operands = operands.with(choose::choice(&operands, &g, choice));
     let parts = k_parts(&operands, &g);
     // The CPU kernel has no activation: 64 inlined copies of it would take seconds to compile.
-    let whole = operands.choice.variant != Variant::Rows || options.activation.is_none();
-    if parts == 1 && whole {
-        cut(&operands, &g);
-        return c;
+    let rows = operands.choice.variant == Variant::Rows;
+    if parts == 1 && !(rows && options.activation.is_some()) {
+        let Some(Ending::Gate(gate)) = options.ending.filter(|_| rows) else {
+            cut(&operands, &g);
+            return c;
+        };
+        // For the same reason no gate; elements are multiplied faster four at a time than in the sum of parts.
+        let options = MatmulOptions {
+            ending: None,
+            ..*options
+        };
+        cut(
+            &Operands {
+                options,
+                ..operands
+            },
+            &g,
+        );
+        return swiglu(&gate.reshape(shape), &c);
     }
     // Partial sums of equal ranges of k, then one ordered sum: deterministic, unlike atomics.
     let sums = Tensor::empty(a.gpu(), DType::F32, &[g.batch, parts, g.m, g.n]);
@@ -286,7 +331,9 @@ pub(crate) fn reduce(sums: &Tensor, c: &Tensor, parts: usize, options: &MatmulOp
     for from in (0..rows).step_by(per_dispatch.max(1)) {
         let elements = per_dispatch.min(rows - from) * n;
         let (part, c_start) = window(c, from * n, elements);
-        let residual = options.residual.map(|r| window(r, from * n, elements).0);
+        let other = options
+            .ending
+            .map(|e| window(e.tensor(), from * n, elements).0);
         let (sums, sums_start) = match parts {
             1 => window(sums, from * n, elements),
             _ => (sums.clone(), 0),
@@ -303,7 +350,7 @@ pub(crate) fn reduce(sums: &Tensor, c: &Tensor, parts: usize, options: &MatmulOp
         let bias = options.bias.unwrap_or(&sums);
         dispatch(
             &Kernel::new("matmul_reduce").flag("F16", c.dtype() == DType::F16),
-            &[&sums, &part, bias, residual.as_ref().unwrap_or(&sums)],
+            &[&sums, &part, bias, other.as_ref().unwrap_or(&sums)],
             &params,
             linear_groups(elements, THREADS),
         );

@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::mirror::Mirror;
 use super::parallel::ParallelAttention;
 use crate::align::options::Parallel;
-use crate::autograd::{Var, attention, attention_tapped, swiglu};
+use crate::autograd::{Var, attention, attention_tapped};
 use crate::gpu::Gpu;
 use crate::nn::{Linear, Loader};
 use crate::ops::attention::{AttentionMask, AttentionShape};
@@ -330,6 +330,6 @@ impl Mlp {
     }
 
     fn inner(&self, x: &Var) -> Var {
-        swiglu(&self.gate.forward(x), &self.up.forward(x))
+        self.up.forward_gated(x, &self.gate.forward(x))
     }
 }

@@ -1,6 +1,6 @@
 //! The tape itself: accumulation, constants, several roots, dtypes, how long activations live.
 
-use lavender_wgpu::autograd::{Gradients, Var, find_non_finite, no_grad};
+use lavender_wgpu::autograd::{Gradients, Var, find_non_finite, no_grad, swiglu};
 use lavender_wgpu::gpu::{Gpu, GpuOptions};
 use lavender_wgpu::tensor::{DType, Tensor};
 
@@ -185,4 +185,36 @@ fn the_first_bad_op_is_named() {
     let found = found.expect("the square of 1e30 is over f32's range");
     assert!(found.contains("unary") && found.contains("[2]"), "{found}");
     assert!(find_non_finite(|| drop(x.square())).is_none());
+}
+
+#[test]
+fn a_gated_layer_gives_the_same_with_and_without_a_tape() {
+    let gpu = Gpu::new(&GpuOptions::default()).expect("adapter");
+    for dtype in float_types() {
+        for rows in [1, 3, 20] {
+            let mut rng = rng(rows as u64);
+            let mut random = |shape: [usize; 2]| {
+                let values = uniform(&mut rng, shape[0] * shape[1]);
+                Tensor::from_bytes(&gpu, &dtype.narrow(&values), dtype, &shape)
+            };
+            let [x, gate] = [random([rows, 64]), random([rows, 40])].map(Var::constant);
+            let weight = Var::parameter(random([40, 64]));
+            let run = || {
+                let before = gpu.dispatches();
+                let y = x.linear_gated(&weight, None, &gate);
+                (y, gpu.dispatches() - before)
+            };
+            let ((recorded, two), (alone, one)) = (run(), no_grad(run));
+            assert!(recorded.needs_grad() && !alone.needs_grad());
+            let expected = recorded.value().to_f32().unwrap();
+            let expected: Vec<f64> = expected.into_iter().map(f64::from).collect();
+            assert_close("gated", alone.value(), &expected);
+            assert!(
+                rows > 8 || (one, two) == (1, 2),
+                "{rows} rows: {one}, {two}"
+            );
+            let expected = swiglu(&gate, &x.linear(&weight, None));
+            assert!(recorded.value().to_f32().unwrap() == expected.value().to_f32().unwrap());
+        }
+    }
 }

@@ -1,5 +1,5 @@
 use lavender_wgpu::gpu::{Gpu, GpuOptions};
-use lavender_wgpu::ops::matmul::{MatmulOptions, Variant, matmul, matmul_with};
+use lavender_wgpu::ops::matmul::{Ending, MatmulOptions, Variant, matmul, matmul_with};
 use lavender_wgpu::ops::unary::Unary;
 use lavender_wgpu::tensor::{DType, Tensor};
 use rand::RngExt;
@@ -99,7 +99,7 @@ pub fn check(variant: Option<Variant>, case: Case, rng: &mut rand_chacha::ChaCha
     let (b, b_held) = case.operand(rng, case.b, case.b_batched, [k, n], trans_b);
     let mut expected = product(&case, &a_held, &b_held);
     let (bias, bias_held) = upload(&uniform(rng, n), DType::F32, &[n]);
-    let epilogue = rng.random_range(0..4);
+    let epilogue = rng.random_range(0..5);
     let mut options = MatmulOptions {
         trans_a,
         trans_b,
@@ -122,11 +122,17 @@ pub fn check(variant: Option<Variant>, case: Case, rng: &mut rand_chacha::ChaCha
     } else {
         vec![m, n]
     };
-    let (residual, residual_held) = upload(&uniform(rng, expected.len()), case.a, &shape);
-    if epilogue >= 3 {
-        options.residual = Some(&residual);
-        for (v, r) in expected.iter_mut().zip(&residual_held) {
+    let (other, other_held) = upload(&uniform(rng, expected.len()), case.a, &shape);
+    if epilogue == 3 {
+        options.ending = Some(Ending::Residual(&other));
+        for (v, r) in expected.iter_mut().zip(&other_held) {
             *v += r;
+        }
+    }
+    if epilogue == 4 {
+        options.ending = Some(Ending::Gate(&other));
+        for (v, g) in expected.iter_mut().zip(&other_held) {
+            *v *= g / (1.0 + (-g).exp());
         }
     }
     let c = matmul_with(variant, &a, &b, &options);

@@ -1,6 +1,8 @@
 //! The quantised right operand: its format, and every kernel family against f64 with the dequantised weights.
 
-use lavender_wgpu::ops::matmul::{MatmulOptions, Variant, matmul_quantized, matmul_quantized_with};
+use lavender_wgpu::ops::matmul::{
+    Ending, MatmulOptions, Variant, matmul_quantized, matmul_quantized_with,
+};
 use lavender_wgpu::ops::unary::Unary;
 use lavender_wgpu::tensor::{DType, Quantization, QuantizedMatrix, Tensor};
 use rand::RngExt;
@@ -176,11 +178,17 @@ pub fn check(variant: Option<Variant>, case: Case, rng: &mut ChaCha8Rng) {
         }
     }
     let shape = [&lead[..], &[m, n]].concat();
-    let (residual, residual_held) = upload(&uniform(rng, expected.len()), case.a, &shape);
-    if case.epilogue >= 3 {
-        options.residual = Some(&residual);
-        for (v, r) in expected.iter_mut().zip(&residual_held) {
+    let (other, other_held) = upload(&uniform(rng, expected.len()), case.a, &shape);
+    if case.epilogue == 3 {
+        options.ending = Some(Ending::Residual(&other));
+        for (v, r) in expected.iter_mut().zip(&other_held) {
             *v += r;
+        }
+    }
+    if case.epilogue == 4 {
+        options.ending = Some(Ending::Gate(&other));
+        for (v, g) in expected.iter_mut().zip(&other_held) {
+            *v *= g / (1.0 + (-g).exp());
         }
     }
     let c = matmul_quantized_with(variant, &a, &w, &options);
@@ -207,7 +215,7 @@ fn odd_shapes_match_f64_in_every_variant() {
                 trans_b: matches!(variant, Some(Variant::Vector(_))) || rng.random(),
                 a: floats[rng.random_range(0..floats.len())],
                 kind: KINDS[round / 2 % 2],
-                epilogue: rng.random_range(0..4),
+                epilogue: rng.random_range(0..5),
             };
             check(variant, case, &mut rng);
         }

@@ -81,3 +81,12 @@ fn activation_slope(code: u32, a: f32, b: f32, x: f32) -> f32 {
         default: { return 1.0; }
     }
 }
+
+// What a product x ends with: `other` added (1), or its SiLU times x as the result's type would have stored it (2), so that
+// the bits are those of a SwiGLU of two tensors.
+fn ended(ending: u32, other: f32, x: f32, stored: f32) -> f32 {
+    if ending == 2u {
+        return other * sigmoid(other) * stored;
+    }
+    return x + other;
+}

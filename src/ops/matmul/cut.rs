@@ -87,13 +87,14 @@ pub(super) fn cut(o: &Operands<'_>, g: &Geometry) {
     let (a, a_start) = window(o.a, g.a_start, a_span);
     let (b, b_start) = o.b.window(g.b_start, b_span);
     let (c, c_start) = window(o.c, g.c_start, c_span);
-    let residual = o.options.residual.map(|r| window(r, g.c_start, c_span).0);
+    let ending = o.options.ending;
+    let other = ending.map(|e| window(e.tensor(), g.c_start, c_span).0);
     let inner = Operands {
         a: &a,
         b: &b,
         c: &c,
         options: MatmulOptions {
-            residual: residual.as_ref(),
+            ending: ending.zip(other.as_ref()).map(|(e, other)| e.with(other)),
             ..o.options
         },
         ..*o

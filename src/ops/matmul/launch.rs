@@ -1,7 +1,7 @@
 //! Launches one piece of a product by the chosen kernel family.
 
 use super::right::{Right, Storage};
-use super::{Epilogue, Geometry, Operands, Variant, cooperative};
+use super::{Ending, Epilogue, Geometry, Operands, Variant, cooperative};
 use crate::gpu::Kernel;
 use crate::ops::rows::{self, RowsParams, Strided};
 use crate::ops::{dispatch_work, grid};
@@ -133,7 +133,7 @@ fn launch_rows(o: &Operands<'_>, g: &Geometry) {
         bias_start: g.bias_start as u32,
         ..RowsParams::default()
     };
-    let (bias, residual) = (o.options.bias, o.options.residual);
+    let (bias, residual) = (o.options.bias, o.options.ending.map(Ending::tensor));
     rows::product(ta, [&a, &b, o.c], bias, residual, &params, tiles, g.batch);
 }
 
@@ -190,7 +190,7 @@ pub(super) fn bound<'a>(o: &Operands<'a>) -> Vec<&'a Tensor> {
         o.b.tensor(),
         o.c,
         o.options.bias.unwrap_or(o.a),
-        o.options.residual.unwrap_or(o.a),
+        o.options.ending.map_or(o.a, Ending::tensor),
     ];
     tensors.extend(o.b.scales());
     tensors
