@@ -4,7 +4,7 @@
 // 1: dQ = scale Σ dS k, dS = P (dO·v − delta), P = exp(scale q·k − lse); likewise.
 // 2: dK = scale Σ dS q and dV = Σ P dO; a workgroup 32 keys, query rows tile by tile.
 // Layouts, and the order of query rows, as in attention.wgsl and attention_backward.wgsl.
-#import attention_mask::{Params, NOTHING, visible_keys, first_query}
+#import attention_mask::{Params, NOTHING, visible_keys, first_query, row_visible, query_head, key_head, row_at}
 
 #ifdef F16
 alias Elem = f16;
@@ -56,25 +56,15 @@ var<workgroup> weights: array<f32, 1056>;
 var<workgroup> partial: array<f32, 256>;
 #endif
 
-// First element of a query row's head, of a key's head, and a row's place in lse and delta.
+// First element of a query row's head, and of a key's head.
 fn query_at(b: u32, kv_head: u32, row: u32) -> u32 {
-    let shared_heads = p.heads / p.kv_heads;
-    let head = kv_head * shared_heads + row % shared_heads;
-    return ((b * p.queries + row / shared_heads) * p.heads + head) * D;
+    return query_head(p, b, kv_head, row) * D;
 }
 fn key_at(b: u32, kv_head: u32, key: u32) -> u32 {
-    return ((b * p.keys + key) * p.kv_heads + kv_head) * D;
-}
-fn row_at(b: u32, kv_head: u32, row: u32) -> u32 {
-    let shared_heads = p.heads / p.kv_heads;
-    return (b * p.heads + kv_head * shared_heads + row % shared_heads) * p.queries + row / shared_heads;
+    return key_head(p, b, kv_head, key) * D;
 }
 
-// Keys that the row may see by its place, none for a row past the end; and its mask bits.
-fn row_visible(row: u32) -> u32 {
-    let shared_heads = p.heads / p.kv_heads;
-    return select(0u, visible_keys(p, row / shared_heads), row < p.queries * shared_heads);
-}
+// Mask bits of a row and of a key.
 fn row_bits(b: u32, row: u32) -> u32 {
     let token = min(row / (p.heads / p.kv_heads), p.queries - 1u);
     if p.has_query_bits != 0u {
@@ -247,7 +237,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var visible: array<u32, 4>;
     var bits: array<u32, 4>;
     for (var i = 0u; i < 4u; i++) {
-        visible[i] = row_visible(first + y + 8u * i);
+        visible[i] = row_visible(p, first + y + 8u * i);
         bits[i] = row_bits(group.z, first + y + 8u * i);
     }
     var sums = cleared();
@@ -262,7 +252,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var row_lse: array<f32, 4>;
     var row_delta: array<f32, 4>;
     for (var i = 0u; i < 4u; i++) {
-        let at = row_at(group.z, group.y, min(first + y + 8u * i, rows - 1u));
+        let at = row_at(p, group.z, group.y, min(first + y + 8u * i, rows - 1u));
         row_lse[i] = lse[at];
         row_delta[i] = delta[at];
     }
@@ -339,7 +329,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             // A row that sees no key: zeros, and NOTHING as its log-sum-exp.
             let factor = select(0.0, 1.0 / sum[i], sum[i] > 0.0);
             if x == 0u {
-                let at = row_at(group.z, group.y, row);
+                let at = row_at(p, group.z, group.y, row);
                 lse[at] = select(NOTHING, peak[i] + log(sum[i]), sum[i] > 0.0);
             }
 #else
@@ -386,8 +376,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         var dscore = tile_product(V, first, DOUT, row, group, local);
         for (var j = 0u; j < 4u; j++) {
             let other_row = row + x + 8u * j;
-            let at = row_at(group.z, group.y, min(other_row, rows - 1u));
-            let visible = row_visible(other_row);
+            let at = row_at(p, group.z, group.y, min(other_row, rows - 1u));
+            let visible = row_visible(p, other_row);
             let mask = row_bits(group.z, other_row);
             for (var i = 0u; i < 4u; i++) {
                 let seen = first + y + 8u * i < visible && (mask & bits[i]) != 0u;

@@ -1,6 +1,7 @@
-// Convolution as an implicit matrix product on matrix units (wgsl/common/matrix_units.wgsl), unfolded while loading, four
+// Convolution as an implicit matrix product on matrix units (wgsl/common/matrix_product.wgsl), unfolded while loading, four
 // channels at a time. MODE as in conv2d_tile; 1 reads the weight transposed, 2 the unfolded image.
-#import matrix_units::{A_LINE, B_LINE, BLOCK, BLOCKS, Elem, FRAGMENTS, LOADS, Matrices, Quads, SIZE, STEP, THREADS, TILE, advance, multiply, put, result, stage}
+#import matrix_units::{BLOCKS, Elem, FRAGMENTS, SIZE, THREADS}
+#import matrix_product::{A_LINE, B_LINE, BLOCK, LOADS, Matrices, Quads, STEP, TILE, advance, multiply, put, result, stage}
 
 #ifdef X_F16
 alias XElem = f16;

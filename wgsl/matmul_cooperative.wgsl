@@ -1,7 +1,8 @@
-// c = ended(activation(a·b + bias)) on matrix units (wgsl/common/matrix_units.wgsl). The next step's operands are on
+// c = ended(activation(a·b + bias)) on matrix units (wgsl/common/matrix_product.wgsl). The next step's operands are on
 // their way to registers while this one's are multiplied.
 #import activation::{activation, ended}
-#import matrix_units::{A_LINE, B_LINE, BLOCK, BLOCKS, Elem, FRAGMENTS, LOADS, Matrices, Quads, SIZE, STEP, THREADS, TILE, advance, multiply, put, result, stage}
+#import matrix_units::{BLOCKS, Elem, FRAGMENTS, SIZE, THREADS}
+#import matrix_product::{A_LINE, B_LINE, BLOCK, LOADS, Matrices, Quads, STEP, TILE, advance, multiply, put, result, stage}
 #ifdef QUANTIZED
 #import quantized::{quad, quad_word, scale_word}
 #endif

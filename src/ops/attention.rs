@@ -1,5 +1,6 @@
 //! Flash attention, forward and backward: the queries × keys matrix is never stored.
 
+use super::attention_cooperative::{self, BACKWARD, FORWARD, Pass};
 use super::attention_tap::{self, AttentionTap};
 use super::permute::permute;
 use super::{THREADS, dispatch, dispatch_work, is_f16, linear_groups};
@@ -155,12 +156,12 @@ impl Sizes {
     }
 
     /// Query rows that share one key/value head.
-    fn rows(&self) -> usize {
+    pub fn rows(&self) -> usize {
         self.queries * self.shape.heads / self.shape.kv_heads
     }
 
     /// FLOPs of one product over all pairs of query and key.
-    fn product(&self) -> u64 {
+    pub fn product(&self) -> u64 {
         2 * (self.batch * self.shape.heads * self.queries * self.keys * self.head_dim) as u64
     }
 
@@ -190,17 +191,8 @@ pub enum Division {
     Lanes,
     /// Tiles in shared memory: GPUs.
     Tiles,
-}
-
-impl Division {
-    /// The division that suits the adapter.
-    pub fn of(gpu: &Gpu) -> Division {
-        if gpu.tier().cpu {
-            Division::Lanes
-        } else {
-            Division::Tiles
-        }
-    }
+    /// f16 on matrix units: cooperative matrices of this side, 8 or 16.
+    Cooperative(u32),
 }
 
 /// Lanes of a workgroup of the [`Division::Lanes`] kernels.
@@ -220,7 +212,7 @@ fn rows_per_thread(rows: usize, head_dim: usize, arrays: usize) -> usize {
     if rows <= LANES { 1 } else { most }
 }
 
-fn bits<'a>(bits: &'a Option<Tensor>, other: &'a Tensor) -> &'a Tensor {
+pub(super) fn bits<'a>(bits: &'a Option<Tensor>, other: &'a Tensor) -> &'a Tensor {
     // A missing mask binds another tensor in its place and is never read.
     bits.as_ref().unwrap_or(other)
 }
@@ -236,17 +228,17 @@ pub fn attention(
     shape: AttentionShape,
     mask: &AttentionMask,
 ) -> (Tensor, Tensor) {
-    attention_with(q, k, v, shape, mask, Division::of(q.gpu()))
+    attention_with(q, k, v, shape, mask, None)
 }
 
-/// [`attention`] with the division of the work chosen by the caller.
+/// [`attention`] with the division of the work chosen by the caller, where there is one.
 pub fn attention_with(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
     shape: AttentionShape,
     mask: &AttentionMask,
-    division: Division,
+    division: Option<Division>,
 ) -> (Tensor, Tensor) {
     let sizes = Sizes::new("attention", q, k, shape, mask);
     assert!(
@@ -259,6 +251,11 @@ pub fn attention_with(
         DType::F32,
         &[sizes.batch, shape.heads, sizes.queries],
     );
+    let division = sizes.division(q.gpu(), division, &FORWARD);
+    if let Division::Cooperative(size) = division {
+        attention_cooperative::forward(size, &sizes, mask, [q, k, v], [&out, &lse]);
+        return (out, lse);
+    }
     let (kernel, each) = sizes.division_kernel(division, 0);
     // A head's keys lie apart by all heads' channels: long ones would be spread over more pages than a CPU remembers.
     let apart = division == Division::Lanes && shape.kv_heads > 1 && k.bytes() > HEADS_APART;
@@ -301,18 +298,17 @@ pub fn attention_backward(
     shape: AttentionShape,
     mask: &AttentionMask,
 ) -> (Tensor, Tensor, Tensor) {
-    let division = Division::of(forward.q.gpu());
-    attention_backward_with(forward, dout, taps, shape, mask, division)
+    attention_backward_with(forward, dout, taps, shape, mask, None)
 }
 
-/// [`attention_backward`] with the division of the work chosen by the caller.
+/// [`attention_backward`] with the division of the work chosen by the caller, where there is one.
 pub fn attention_backward_with(
     forward: Forward<'_>,
     dout: Option<&Tensor>,
     taps: &[(&AttentionTap, &Tensor, &Tensor)],
     shape: AttentionShape,
     mask: &AttentionMask,
-    division: Division,
+    division: Option<Division>,
 ) -> (Tensor, Tensor, Tensor) {
     let Forward { q, k, v, out, lse } = forward;
     let sizes = Sizes::new("attention_backward", q, k, shape, mask);
@@ -335,31 +331,15 @@ pub fn attention_backward_with(
         attention_tap::add_to_delta(&sizes, mask, tap, probs, dprobs, &delta);
     }
 
-    let (query_bits, key_bits) = (bits(&mask.query_bits, q), bits(&mask.key_bits, q));
-    let inputs = [q, k, v, query_bits, key_bits, dout, lse, &delta];
     let dq = Tensor::empty(q.gpu(), q.dtype(), q.shape());
-    let (kernel, each) = sizes.division_kernel(division, 1);
-    let (params, work) = (sizes.params(mask), 3 * sizes.product());
-    let tensors = [&inputs[..], &[&dq]].concat();
-    dispatch_work(
-        &kernel,
-        &tensors,
-        &params,
-        sizes.grid(sizes.rows(), each),
-        work,
-    );
-    let dk = Tensor::empty(q.gpu(), k.dtype(), k.shape());
-    let dv = Tensor::empty(q.gpu(), k.dtype(), k.shape());
-    let (kernel, each) = sizes.division_kernel(division, 2);
-    let tensors = [&inputs[..], &[&dk, &dv]].concat();
-    let work = 4 * sizes.product();
-    dispatch_work(
-        &kernel,
-        &tensors,
-        &params,
-        sizes.grid(sizes.keys, each),
-        work,
-    );
+    let [dk, dv] = [k, v].map(|t| Tensor::empty(q.gpu(), t.dtype(), t.shape()));
+    let (deltas, gradients) = ([dout, &delta], [&dq, &dk, &dv]);
+    match sizes.division(q.gpu(), division, &BACKWARD) {
+        Division::Cooperative(size) => {
+            attention_cooperative::backward(size, &sizes, mask, forward, deltas, gradients);
+        }
+        division => sizes.gradients(division, mask, forward, deltas, gradients),
+    }
     for (tap, probs, dprobs) in taps {
         attention_tap::add_to_gradients(&sizes, mask, tap, [probs, dprobs, q, k, &dq, &dk]);
     }
@@ -367,9 +347,45 @@ pub fn attention_backward_with(
 }
 
 impl Sizes {
+    /// The division that is asked for, with tiles in the place of matrix units that cannot do the work, or the likely best.
+    fn division(&self, gpu: &Gpu, asked: Option<Division>, passes: &[Pass]) -> Division {
+        let size = match asked {
+            Some(Division::Cooperative(size)) => {
+                attention_cooperative::serves(gpu, size, self, passes).then_some(size)
+            }
+            Some(division) => return division,
+            None if gpu.tier().cpu => return Division::Lanes,
+            None => attention_cooperative::choose(gpu, self, passes),
+        };
+        size.map_or(Division::Tiles, Division::Cooperative)
+    }
+
+    /// Fills the gradients of q, k and v, from dout and delta, in tiles or lanes.
+    fn gradients(
+        &self,
+        division: Division,
+        mask: &AttentionMask,
+        forward: Forward<'_>,
+        [dout, delta]: [&Tensor; 2],
+        [dq, dk, dv]: [&Tensor; 3],
+    ) {
+        let Forward { q, k, v, lse, .. } = forward;
+        let (query_bits, key_bits) = (bits(&mask.query_bits, q), bits(&mask.key_bits, q));
+        let inputs = [q, k, v, query_bits, key_bits, dout, lse, delta];
+        let params = self.params(mask);
+        let (kernel, each) = self.division_kernel(division, 1);
+        let (grid, work) = (self.grid(self.rows(), each), 3 * self.product());
+        let tensors = [&inputs[..], &[dq]].concat();
+        dispatch_work(&kernel, &tensors, &params, grid, work);
+        let (kernel, each) = self.division_kernel(division, 2);
+        let (grid, work) = (self.grid(self.keys, each), 4 * self.product());
+        let tensors = [&inputs[..], &[dk, dv]].concat();
+        dispatch_work(&kernel, &tensors, &params, grid, work);
+    }
+
     /// The kernel of a pass (0 forward, 1 dq, 2 dk and dv), and the rows or keys of a workgroup.
     fn division_kernel(&self, division: Division, pass: i32) -> (Kernel, usize) {
-        if division == Division::Tiles {
+        if division != Division::Lanes {
             return (tiles_kernel(self.head_dim, self.f16, pass), TILE);
         }
         let (rows, arrays) = match pass {
@@ -384,7 +400,8 @@ impl Sizes {
         )
     }
 
-    fn grid(&self, rows: usize, each: usize) -> [u32; 3] {
+    /// A grid of workgroups of `each` rows or keys.
+    pub fn grid(&self, rows: usize, each: usize) -> [u32; 3] {
         let groups = rows.div_ceil(each) as u32;
         [groups, self.shape.kv_heads as u32, self.batch as u32]
     }

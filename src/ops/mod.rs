@@ -4,6 +4,7 @@
 
 pub mod adamw;
 pub mod attention;
+mod attention_cooperative;
 pub mod attention_tap;
 pub mod binary;
 pub mod cast;
@@ -55,6 +56,7 @@ const MAX_GROUPS: u32 = 65_535;
 pub fn variants() -> Vec<Kernel> {
     [
         attention::variants(),
+        attention_cooperative::variants(),
         attention_tap::variants(),
         binary::variants(),
         cast::variants(),

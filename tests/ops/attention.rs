@@ -257,7 +257,7 @@ fn forward_matches_f64(division: Division) {
             let (q, q64) = draw(case.q_shape());
             let (k, k64) = draw(case.kv_shape());
             let (v, v64) = draw(case.kv_shape());
-            let (out, lse) = attention_with(&q, &k, &v, case.shape(), &case.mask(), division);
+            let (out, lse) = attention_with(&q, &k, &v, case.shape(), &case.mask(), Some(division));
             let (probs, lse64) = case.probs(&q64, &k64);
             let what = format!("{division:?} {dtype:?} {spec:?}");
             assert_close(&what, &out, &case.out(&probs, &v64));
@@ -287,7 +287,7 @@ fn gradients_match_f64(division: Division) {
             let (v, v64) = draw(case.kv_shape());
             let (dout, dout64) = draw(case.q_shape());
             let (shape, mask) = (case.shape(), case.mask());
-            let (out, lse) = attention_with(&q, &k, &v, shape, &mask, division);
+            let (out, lse) = attention_with(&q, &k, &v, shape, &mask, Some(division));
             let forward = Forward {
                 q: &q,
                 k: &k,
@@ -296,7 +296,7 @@ fn gradients_match_f64(division: Division) {
                 lse: &lse,
             };
             let (dq, dk, dv) =
-                attention_backward_with(forward, Some(&dout), &[], shape, &mask, division);
+                attention_backward_with(forward, Some(&dout), &[], shape, &mask, Some(division));
             let [dq64, dk64, dv64] = case.gradients([&q64, &k64, &v64], &dout64, None);
             let what = format!("{division:?} {dtype:?} {spec:?}");
             // With a single key the scores have no gradient: no norm to compare with.
@@ -325,7 +325,7 @@ fn rows_that_see_nothing_give_zeros_and_no_gradient() {
             key_bits: Some(Tensor::from_u32(gpu(), &[1, 1, 0, 1, 1], &[1, 5])),
             ..AttentionMask::default()
         };
-        let (out, lse) = attention_with(&q, &k, &k, shape, &mask, division);
+        let (out, lse) = attention_with(&q, &k, &k, shape, &mask, Some(division));
         let forward = Forward {
             q: &q,
             k: &k,
@@ -333,7 +333,8 @@ fn rows_that_see_nothing_give_zeros_and_no_gradient() {
             out: &out,
             lse: &lse,
         };
-        let (dq, dk, dv) = attention_backward_with(forward, Some(&q), &[], shape, &mask, division);
+        let (dq, dk, dv) =
+            attention_backward_with(forward, Some(&q), &[], shape, &mask, Some(division));
         let values = |t: &Tensor| t.to_f32().expect("readable");
         for zeros in [
             &values(&out)[8..],
@@ -372,7 +373,8 @@ fn long_keys_give_the_same_in_both_divisions() {
         kv_heads,
         scale: 0.5,
     };
-    let run = |division| attention_with(&q, &k, &v, shape, &AttentionMask::default(), division);
+    let run =
+        |division| attention_with(&q, &k, &v, shape, &AttentionMask::default(), Some(division));
     let ((lanes, lanes_lse), (tiles, tiles_lse)) = (run(Division::Lanes), run(Division::Tiles));
     for (lanes, tiles) in [(lanes, tiles), (lanes_lse, tiles_lse)] {
         let expected: Vec<f64> = tiles.to_f32().unwrap().iter().map(|&v| v.into()).collect();

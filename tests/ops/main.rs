@@ -5,6 +5,7 @@ mod support;
 
 mod adamw;
 mod attention;
+mod attention_cooperative;
 mod attention_tap;
 mod binary;
 mod cast;

@@ -137,11 +137,13 @@ fn what_first_use_finds_is_obeyed_and_on_disk_at_once() {
     let first = open(Tuning::FirstUse, dir.path());
     let c = product(&first).to_f32().unwrap();
     let found = first.tuned(&shape().class()).expect("measured");
-    assert_eq!(kept(dir.path()), Some(found.clone()));
+    // Not the milliseconds: JSON may change their last bit.
+    let same_choice = |other: Option<Tuned>| other.expect("kept").choice == found.choice;
+    assert!(same_choice(kept(dir.path())));
     assert_eq!(first.tuning_spent().classes, 1);
     let second = open(Tuning::FirstUse, dir.path());
     assert!(same(&product(&second), &c));
-    assert_eq!(second.tuned(&shape().class()), Some(found));
+    assert!(same_choice(second.tuned(&shape().class())));
     assert_eq!(second.tuning_spent().classes, 0);
 }
 

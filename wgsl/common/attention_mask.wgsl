@@ -29,3 +29,22 @@ fn visible_keys(p: Params, query: u32) -> u32 {
 fn first_query(p: Params, key: u32) -> u32 {
     return select(0u, key - min(key, p.query_offset), p.causal != 0u);
 }
+
+// Keys that a query row may see because of its place, none for a row past the end.
+fn row_visible(p: Params, row: u32) -> u32 {
+    let shared_heads = p.heads / p.kv_heads;
+    return select(0u, visible_keys(p, row / shared_heads), row < p.queries * shared_heads);
+}
+
+// The heads of a query row and of a key, counted from the tensor's first; a row's place in lse and delta.
+fn query_head(p: Params, b: u32, kv_head: u32, row: u32) -> u32 {
+    let shared_heads = p.heads / p.kv_heads;
+    return (b * p.queries + row / shared_heads) * p.heads + kv_head * shared_heads + row % shared_heads;
+}
+fn key_head(p: Params, b: u32, kv_head: u32, key: u32) -> u32 {
+    return (b * p.keys + key) * p.kv_heads + kv_head;
+}
+fn row_at(p: Params, b: u32, kv_head: u32, row: u32) -> u32 {
+    let shared_heads = p.heads / p.kv_heads;
+    return (b * p.heads + kv_head * shared_heads + row % shared_heads) * p.queries + row / shared_heads;
+}

@@ -56,19 +56,29 @@ impl Cooperative {
         order
     }
 
-    /// `kernel` with what `wgsl/common/matrix_units.wgsl` asks for, `half` the operands' type in shared memory.
-    pub(crate) fn flags(self, kernel: Kernel, tier: &Tier, half: bool, trans: [bool; 2]) -> Kernel {
-        self.flags_of(kernel, threads(tier), half, trans)
+    /// Threads that become four subgroups, if the driver makes them as large as it can; AMD's does unless asked.
+    pub(crate) fn threads(self, tier: &Tier) -> u32 {
+        BLOCKS * tier.subgroup_size.1.clamp(4, 64)
     }
 
-    fn flags_of(self, kernel: Kernel, threads: u32, half: bool, trans: [bool; 2]) -> Kernel {
+    /// `kernel` with what `wgsl/common/matrix_units.wgsl` asks for, `half` the operands' type in shared memory.
+    pub(crate) fn units(self, kernel: Kernel, threads: u32, half: bool) -> Kernel {
         kernel
             .flag("COOPERATIVE", true)
             .def("SIZE", self.size as i32)
             .def("FRAGMENTS", self.fragments as i32)
-            .def("STEP", self.step() as i32)
             .def("THREADS", threads as i32)
             .flag("HALF", half)
+    }
+
+    /// [`Cooperative::units`] and what `wgsl/common/matrix_product.wgsl` asks for.
+    pub(crate) fn flags(self, kernel: Kernel, tier: &Tier, half: bool, trans: [bool; 2]) -> Kernel {
+        self.flags_of(kernel, self.threads(tier), half, trans)
+    }
+
+    fn flags_of(self, kernel: Kernel, threads: u32, half: bool, trans: [bool; 2]) -> Kernel {
+        self.units(kernel, threads, half)
+            .def("STEP", self.step() as i32)
             .flag("TRANS_A", trans[0])
             .flag("TRANS_B", trans[1])
     }
@@ -78,11 +88,6 @@ impl Cooperative {
 /// `a` that is f16 already.
 pub(super) fn half(a: DType, b: Storage) -> bool {
     a == DType::F16 && b != Storage::Float(DType::F32)
-}
-
-/// Threads that become four subgroups, if the driver makes them as large as it can; AMD's does unless asked.
-fn threads(tier: &Tier) -> u32 {
-    BLOCKS * tier.subgroup_size.1.clamp(4, 64)
 }
 
 fn kernel(
@@ -102,7 +107,7 @@ fn kernel(
 pub(super) fn kernel_of(shape: Cooperative, o: &Operands<'_>, g: &Geometry) -> Kernel {
     kernel(
         shape,
-        threads(o.a.gpu().tier()),
+        shape.threads(o.a.gpu().tier()),
         fours(o, g) == [true; 2],
         [o.options.trans_a, o.options.trans_b],
         o.a.dtype(),
