@@ -5,7 +5,7 @@ use super::conv2d::{Conv2dOptions, Force, Geometry, Mode, run};
 use super::gather_rows::gather_rows;
 use super::matmul::limit;
 use super::permute::permute;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 const STRIDE: usize = 2;
 
@@ -26,6 +26,9 @@ pub(super) fn grad_input(
     let bytes = g.batch * h * width * ci * dy.dtype().bytes();
     let even = h.is_multiple_of(STRIDE) && width.is_multiple_of(STRIDE);
     let fits = bytes.max(w.bytes() as usize) as u64 <= limit(dy);
+    // Taps of an odd number of two-byte weights can be gathered as f16 alone.
+    let words = dy.gpu().tier().f16 || w.dtype() == DType::F32 || (ci * co).is_multiple_of(2);
+    let fits = fits && words;
     if options.stride != STRIDE || !even || kh < STRIDE || kw < STRIDE || !fits {
         return None;
     }

@@ -47,17 +47,20 @@ pub fn gather_rows(x: &Tensor, rows: &Tensor) -> Tensor {
     let mut shape = x.shape().to_vec();
     shape[0] = rows.elements();
     let width = elements(&shape[1..]);
+    // Pairs of two bytes are moved as words, which adapters without f16 can.
+    let pairs = two_bytes(x) && width.is_multiple_of(2);
+    let width = if pairs { width / 2 } else { width };
     let vec4 = width.is_multiple_of(4);
     let unit = if vec4 { 4 } else { 1 };
     let y = Tensor::empty(x.gpu(), x.dtype(), &shape);
-    let threads = y.elements() / unit;
+    let threads = rows.elements() * width / unit;
     let params = Params {
         threads: threads as u32,
         width: (width / unit) as u32,
         limit: x.dim(0) as u32,
     };
     dispatch(
-        &gather_kernel(vec4, two_bytes(x)),
+        &gather_kernel(vec4, two_bytes(x) && !pairs),
         &[x, rows, &y],
         &params,
         linear_groups(threads, THREADS),
