@@ -64,6 +64,19 @@ const B = 1.5;
 alias Six = array<vec4<f32>, 6>;
 alias Four = array<vec4<f32>, 4>;
 
+#if STAGE != 2
+// A line of six points; `points` vec4s lie between one and the next.
+fn store(line: u32, at: u32, points: u32, v: Six) {
+    let base = at + 6u * line * points;
+    result[base] = v[0];
+    result[base + points] = v[1];
+    result[base + 2u * points] = v[2];
+    result[base + 3u * points] = v[3];
+    result[base + 4u * points] = v[4];
+    result[base + 5u * points] = v[5];
+}
+#endif
+
 #if STAGE == 0
 fn image(d: Six) -> Six {
     let even_a = d[4] - (B * B) * d[2];
@@ -97,17 +110,6 @@ fn column(base: u32, y: i32, x: i32) -> Six {
     ));
 }
 
-fn store(line: u32, at: u32, v: Six) {
-    let points = p.tiles * p.quads;
-    let base = at + 6u * line * points;
-    result[base] = v[0];
-    result[base + points] = v[1];
-    result[base + 2u * points] = v[2];
-    result[base + 3u * points] = v[3];
-    result[base + 4u * points] = v[4];
-    result[base + 5u * points] = v[5];
-}
-
 fn work(i: u32) {
     let quad = i % p.quads;
     let tile = i / p.quads;
@@ -115,18 +117,19 @@ fn work(i: u32) {
     let y = 4 * i32(line % p.tiles_y) - p.pad_top;
     let x = 4 * i32(tile % p.tiles_x) - p.pad_left;
     let base = p.source_start + (line / p.tiles_y) * u32(p.height * p.width) * p.pixel + quad;
+    let points = p.tiles * p.quads;
     let a = column(base, y, x);
     let b = column(base, y, x + 1);
     let c = column(base, y, x + 2);
     let d = column(base, y, x + 3);
     let e = column(base, y, x + 4);
     let f = column(base, y, x + 5);
-    store(0u, i, image(Six(a[0], b[0], c[0], d[0], e[0], f[0])));
-    store(1u, i, image(Six(a[1], b[1], c[1], d[1], e[1], f[1])));
-    store(2u, i, image(Six(a[2], b[2], c[2], d[2], e[2], f[2])));
-    store(3u, i, image(Six(a[3], b[3], c[3], d[3], e[3], f[3])));
-    store(4u, i, image(Six(a[4], b[4], c[4], d[4], e[4], f[4])));
-    store(5u, i, image(Six(a[5], b[5], c[5], d[5], e[5], f[5])));
+    store(0u, i, points, image(Six(a[0], b[0], c[0], d[0], e[0], f[0])));
+    store(1u, i, points, image(Six(a[1], b[1], c[1], d[1], e[1], f[1])));
+    store(2u, i, points, image(Six(a[2], b[2], c[2], d[2], e[2], f[2])));
+    store(3u, i, points, image(Six(a[3], b[3], c[3], d[3], e[3], f[3])));
+    store(4u, i, points, image(Six(a[4], b[4], c[4], d[4], e[4], f[4])));
+    store(5u, i, points, image(Six(a[5], b[5], c[5], d[5], e[5], f[5])));
 }
 #endif
 
@@ -164,16 +167,6 @@ fn tap(index: u32, row: u32, column: u32) -> vec4<f32> {
         step = p.co;
     }
     return vec4<f32>(element(at), element(at + step), element(at + 2u * step), element(at + 3u * step));
-}
-
-fn store(line: u32, at: u32, points: u32, v: Six) {
-    let base = at + 6u * line * points;
-    result[base] = v[0];
-    result[base + points] = v[1];
-    result[base + 2u * points] = v[2];
-    result[base + 3u * points] = v[3];
-    result[base + 4u * points] = v[4];
-    result[base + 5u * points] = v[5];
 }
 
 // [36, panels, rows, 4 · panel]. Threads lie along what lies side by side in the weight: columns, or rows in eights.

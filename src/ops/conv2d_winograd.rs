@@ -103,10 +103,10 @@ pub(super) fn pays(mode: Mode, g: &Geometry, x: &Tensor) -> bool {
         && Tiles::new(mode, g).all >= LEAST_TILES
 }
 
-/// Bytes of the largest temporary that grows with the band.
+/// Bytes of the largest temporary that grows with the band: either image at its points.
 pub(super) fn temporary_bytes(mode: Mode, g: &Geometry) -> usize {
     let t = Tiles::new(mode, g);
-    POINTS * t.all * t.from[2] * 4
+    POINTS * t.all * t.from[2].max(t.to[2]) * 4
 }
 
 /// The kernel of a stage; types of what it reads and writes.
