@@ -9,9 +9,11 @@ mod attention;
 mod checkpoint;
 mod functions;
 mod layers;
+mod replayed;
 mod var;
 
 pub use attention::{attention, attention_captured, attention_tapped};
 pub use checkpoint::checkpoint;
 pub use layers::swiglu;
+pub use replayed::Replayed;
 pub use var::{Gradients, Var, enter_layer, find_non_finite, no_grad};

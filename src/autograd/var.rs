@@ -1,7 +1,7 @@
 //! `Var`, the tape and the backward walk.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use crate::error::Result;
@@ -85,6 +85,11 @@ pub fn find_non_finite(f: impl FnOnce()) -> Option<String> {
     WATCH.set(Some(Watch::default()));
     f();
     WATCH.take().and_then(|watch| watch.found)
+}
+
+/// Whether a search by [`find_non_finite`] is on, which has to see every op.
+pub(super) fn watching() -> bool {
+    WATCH.with_borrow(Option::is_some)
 }
 
 /// Tells a search by [`find_non_finite`], if one is on, which layer runs from here on: its name in the checkpoint.
@@ -331,7 +336,7 @@ fn accumulate(
 
 /// Gradients of leaves, found by the leaf.
 #[derive(Default)]
-pub struct Gradients(HashMap<u64, Tensor>);
+pub struct Gradients(BTreeMap<u64, Tensor>);
 
 impl Gradients {
     /// The gradient of `leaf`, if the loss depends on it.
@@ -351,7 +356,12 @@ impl Gradients {
         }
     }
 
-    fn add(&mut self, id: u64, grad: Tensor) {
+    /// All of them, by leaf.
+    pub(super) fn into_leaves(self) -> impl Iterator<Item = (u64, Tensor)> {
+        self.0.into_iter()
+    }
+
+    pub(super) fn add(&mut self, id: u64, grad: Tensor) {
         let sum = match self.0.remove(&id) {
             Some(earlier) => binary(&earlier, &grad, Binary::Add),
             None => grad,

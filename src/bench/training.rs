@@ -76,6 +76,9 @@ pub struct StepTime {
     pub peak_bytes: u64,
     /// Dispatches of a step.
     pub dispatches: u64,
+    /// Those of them that were replayed.
+    #[serde(default)]
+    pub replayed: u64,
     /// Bind groups that a step had to make: none once a step repeats an earlier one.
     #[serde(default)]
     pub bind_groups: u64,
@@ -295,6 +298,7 @@ pub fn run(
     let first_ms = start.elapsed().as_secs_f64() * 1e3;
     gpu.reset_peak();
     let (dispatched, bound, cpu) = (gpu.dispatches(), gpu.bind_groups(), thread_cpu_seconds());
+    let replayed = gpu.replayed();
     let all_cpu = process_cpu_seconds();
     let (begin, mut times) = (Instant::now(), Vec::new());
     while again(begin.elapsed().as_secs_f64(), seconds, times.len()) {
@@ -307,6 +311,7 @@ pub fn run(
     let recording_ms = cpu.zip(thread_cpu_seconds()).map(each);
     let all_cpu = all_cpu.zip(process_cpu_seconds()).map(each);
     let dispatches = (gpu.dispatches() - dispatched) / steps as u64;
+    let replayed = (gpu.replayed() - replayed) / steps as u64;
     let bind_groups = (gpu.bind_groups() - bound) / steps as u64;
     let peak_bytes = gpu.memory().peak_bytes;
     let tokens = run.ids.len();
@@ -326,6 +331,7 @@ pub fn run(
         tokens_per_second: tokens as f64 / median_ms * 1e3,
         peak_bytes,
         dispatches,
+        replayed,
         bind_groups,
         recording_ms,
         kernel_ms: match gpu.tier().timestamps {

@@ -100,9 +100,9 @@ pub fn run(
                 no_grad(|| match capture {
                     true => {
                         let mut maps = Capture::new(MapLayers::default(), side);
-                        unet.forward(&x, &timesteps, &text, Some(&mut maps));
+                        unet.predict(&x, &timesteps, &text, Some(&mut maps));
                     }
-                    false => drop(unet.forward(&x, &timesteps, &text, None)),
+                    false => drop(unet.predict(&x, &timesteps, &text, None)),
                 });
             };
             let timed = UnetTime {

@@ -113,13 +113,13 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
     }
     let gpu = context.gpu()?;
     let mut report = Report::new(gpu)?;
-    let recording = report.peak.record_us;
+    let encoding = report.peak.record_us.zip(report.peak.replay_us);
     context.print(format_args!(
         "at best: multiply-adds {:.1} GFLOP/s, copies {:.1} GB/s{}",
         report.peak.gflops,
         report.peak.gbs,
-        recording.map_or(String::new(), |us| format!(
-            "; recording a dispatch takes {us:.1} µs of CPU"
+        encoding.map_or(String::new(), |(record, replay)| format!(
+            "; a dispatch takes {record:.1} µs of CPU, replayed {replay:.1}"
         ))
     ))?;
     let wanted = |what: What| args.what.is_none_or(|given| given == what);
@@ -270,7 +270,7 @@ fn time_training(args: &Args, gpu: &Gpu, report: &mut Report, context: &Context)
         context,
         "training step",
         "ms",
-        "tokens/s  peak MiB  dispatches  CPU µs each  outside kernels",
+        "tokens/s  peak MiB  dispatches  replayed  CPU µs each  outside kernels",
     )?;
     let all = training::Setting::ALL.into_iter();
     for setting in all.filter(|setting| args.names(setting.name())) {
@@ -280,12 +280,13 @@ fn time_training(args: &Args, gpu: &Gpu, report: &mut Report, context: &Context)
             .recording_ms
             .map(|ms| 1e3 * ms / timed.dispatches as f64);
         context.print(format_args!(
-            "{:60} {:9.1} {:9.1} {:9} {:11} {:>12} {:>16}",
+            "{:60} {:9.1} {:9.1} {:9} {:11} {:9} {:>12} {:>16}",
             format!("{}, {} tokens", setting.name(), timed.tokens),
             timed.timing.median_ms,
             timed.tokens_per_second,
             timed.peak_bytes >> 20,
             timed.dispatches,
+            timed.replayed,
             or_dash(each.map(|us| format!("{us:.1}"))),
             or_dash(
                 timed

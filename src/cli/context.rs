@@ -10,7 +10,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use tracing_subscriber::EnvFilter;
 
-use crate::gpu::{Gpu, GpuOptions, Tuning, TuningSpent};
+use crate::gpu::{Gpu, GpuOptions, Replay, Tuning, TuningSpent};
 use crate::tensor::DType;
 use crate::train::config::Precision;
 use crate::{Error, Result};
@@ -51,6 +51,10 @@ pub struct Common {
     /// [default: first-use on a GPU, cached on a driver that runs on the CPU]
     #[arg(long, global = true, value_enum, help_heading = "Common options")]
     pub tuning: Option<Tuning>,
+    /// Whether U-Net passes and training steps are recorded at their first run and replayed: less work for the CPU,
+    /// more GPU memory [default: on for a GPU, off for a driver that runs on the CPU]
+    #[arg(long, global = true, value_enum, help_heading = "Common options")]
+    pub replay: Option<Replay>,
     /// Time every kernel on the device and print the sums at the end
     #[arg(long, global = true, help_heading = "Common options")]
     pub profile: bool,
@@ -114,6 +118,7 @@ impl Context {
             max_bytes: self.common.max_memory.map(|Bytes(bytes)| bytes),
             profile: self.common.profile,
             tuning: self.common.tuning.unwrap_or(Tuning::ByAdapter),
+            replay: self.common.replay.unwrap_or(Replay::ByAdapter),
             ..GpuOptions::default()
         }
     }

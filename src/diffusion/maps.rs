@@ -99,6 +99,22 @@ impl Capture {
         }
     }
 
+    /// Another of the same kind that has collected nothing.
+    pub(super) fn emptied(&self) -> Self {
+        Capture::new(self.layers, self.latent_side)
+    }
+
+    /// Tells kinds of captures off the tape apart.
+    pub(super) fn key(&self) -> Vec<usize> {
+        vec![self.layers as usize, self.latent_side]
+    }
+
+    /// What it has collected: each layer's name and side, and its sum.
+    pub(super) fn into_layers(self) -> Vec<((String, usize), Tensor)> {
+        let layer = |l: LayerSum| ((l.name, l.side), l.sum);
+        self.sums.into_iter().map(layer).collect()
+    }
+
     /// Whether maps are kept on the tape.
     pub fn keeps_tape(&self) -> bool {
         self.tape.is_some()

@@ -211,7 +211,7 @@ impl StableDiffusion {
             let timesteps = vec![timestep; latents.dim(0)];
             let text = Var::constant(text.clone());
             let x = self.activation(latents);
-            let noise = self.unet.forward(&x, &timesteps, &text, capture);
+            let noise = self.unet.predict(&x, &timesteps, &text, capture);
             cast(noise.value(), DType::F32)
         })
     }

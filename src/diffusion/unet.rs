@@ -2,6 +2,8 @@
 //!
 //! Rombach et al.: *High-Resolution Image Synthesis with Latent Diffusion Models*, 2022.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::path::Path;
 use std::rc::Rc;
 
@@ -10,7 +12,7 @@ use super::maps::Capture;
 use super::resnet::{ResnetBlock, Upsample, conv3x3, downsample};
 use super::transformer::{Transformer2d, TransformerShape};
 use crate::Result;
-use crate::autograd::{Var, checkpoint};
+use crate::autograd::{Replayed, Var, checkpoint};
 use crate::nn::{Conv2d, GroupNorm, Linear, Loader};
 use crate::ops::cast::cast;
 use crate::tensor::Tensor;
@@ -185,6 +187,9 @@ pub struct Unet {
     up_blocks: Vec<UpBlock>,
     conv_norm_out: GroupNorm,
     conv_out: Conv2d,
+    plans: Replayed,
+    /// The layers that each kind of capture reads, in their order, by its key.
+    captured: RefCell<HashMap<Vec<usize>, Vec<(String, usize)>>>,
 }
 
 impl Unet {
@@ -227,6 +232,8 @@ impl Unet {
                 config.norm_eps,
             )?,
             conv_out: conv3x3(&l.sub("conv_out"), first, config.out_channels)?,
+            plans: Replayed::new(l.gpu()),
+            captured: RefCell::default(),
             config: config.clone(),
         })
     }
@@ -239,7 +246,8 @@ impl Unet {
     /// [`Unet::forward`] that keeps each layer's input alone on the tape and runs the layer again in the backward:
     /// less memory for a gradient with respect to the text or the latents.
     pub fn forward_recomputed(&self, x: &Var, timesteps: &[usize], text: &Var) -> Var {
-        self.run(x, timesteps, text, Pass::Recompute)
+        let embedding = self.timestep_embedding(x.value(), timesteps);
+        self.run(x, &embedding, text, Pass::Recompute)
     }
 
     /// The noise in `x` `[batch, height, width, in_channels]` at one timestep per sample, given the text states
@@ -254,19 +262,46 @@ impl Unet {
         text: &Var,
         capture: Option<&mut Capture>,
     ) -> Var {
-        self.run(x, timesteps, text, Pass::Once(capture))
+        let embedding = self.timestep_embedding(x.value(), timesteps);
+        self.run(x, &embedding, text, Pass::Once(capture))
     }
 
-    fn run(&self, x: &Var, timesteps: &[usize], text: &Var, mut pass: Pass) -> Var {
-        assert_eq!(
-            timesteps.len(),
-            x.shape()[0],
-            "unet: one timestep per sample"
-        );
+    /// [`Unet::forward`] off the tape; passes over one shape are replayed where the GPU was opened so.
+    pub fn predict(
+        &self,
+        x: &Var,
+        timesteps: &[usize],
+        text: &Var,
+        capture: Option<&mut Capture>,
+    ) -> Var {
         let embedding = self.timestep_embedding(x.value(), timesteps);
+        let own = capture.as_ref().map_or(Vec::new(), |c| c.key());
+        let inputs = [x.clone(), embedding, text.clone()];
+        let empty = capture.as_ref().map(|c| c.emptied());
+        let mut outputs = self.plans.call_no_grad(&own, &inputs, |inputs| {
+            let mut capture = empty.as_ref().map(Capture::emptied);
+            let pass = Pass::Once(capture.as_mut());
+            let noise = self.run(&inputs[0], &inputs[1], &inputs[2], pass);
+            let maps = capture.map(Capture::into_layers).unwrap_or_default();
+            let (layers, maps): (_, Vec<Tensor>) = maps.into_iter().unzip();
+            self.captured.borrow_mut().insert(own.clone(), layers);
+            let maps = maps.into_iter().map(Var::constant);
+            [noise].into_iter().chain(maps).collect()
+        });
+        let noise = outputs.remove(0);
+        if let (Some(capture), Some(layers)) = (capture, self.captured.borrow().get(&own)) {
+            for ((name, side), maps) in layers.iter().zip(&outputs) {
+                capture.add(name, *side, *side, maps.value().clone());
+            }
+        }
+        noise
+    }
+
+    /// The noise in `x`, given the timesteps' embedding.
+    fn run(&self, x: &Var, embedding: &Var, text: &Var, mut pass: Pass) -> Var {
         let time = self
             .linear_2
-            .forward(&self.linear_1.forward(&Var::constant(embedding)).silu());
+            .forward(&self.linear_1.forward(embedding).silu());
         let mut h = self.conv_in.forward(x);
         let mut skips = vec![h.clone()];
         for block in &self.down_blocks {
@@ -280,7 +315,12 @@ impl Unet {
     }
 
     /// Sinusoids of the timesteps, `[batch, block_out_channels[0]]`, in f32 arithmetic as `diffusers` does it.
-    fn timestep_embedding(&self, like: &Tensor, timesteps: &[usize]) -> Tensor {
+    fn timestep_embedding(&self, like: &Tensor, timesteps: &[usize]) -> Var {
+        assert_eq!(
+            timesteps.len(),
+            like.dim(0),
+            "unet: one timestep per sample"
+        );
         let half = self.config.block_out_channels[0] / 2;
         let step = -10000f32.ln();
         let frequencies: Vec<f32> = (0..half)
@@ -297,7 +337,7 @@ impl Unet {
             }
         }
         let embedding = Tensor::from_f32(like.gpu(), &values, &[timesteps.len(), 2 * half]);
-        cast(&embedding, like.dtype())
+        Var::constant(cast(&embedding, like.dtype()))
     }
 }
 

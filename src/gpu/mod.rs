@@ -2,6 +2,7 @@
 
 mod adapter;
 mod kernel;
+mod plan;
 mod pool;
 mod profile;
 mod readback;
@@ -13,6 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 pub use adapter::{AdapterSummary, MatrixUnit, Scalar, Tier, list_adapters};
 pub use kernel::Kernel;
+pub use plan::{Arena, Hold, Plan, Replay};
 pub use pool::{Buffer, MemoryStats, size_class};
 pub use profile::OpTime;
 pub use readback::ReadBack;
@@ -37,6 +39,8 @@ pub struct GpuOptions {
     pub checked: bool,
     /// Whether kernels are chosen as they were measured on this adapter.
     pub tuning: Tuning,
+    /// Whether models replay what they have computed once for the same shapes.
+    pub replay: Replay,
     /// Folder for what is kept between runs: compiled kernels, measured choices; `None` is the user's cache folder.
     pub cache_dir: Option<std::path::PathBuf>,
 }
@@ -54,6 +58,11 @@ pub(crate) struct Inner {
     pub shaders: shader::Shaders,
     pub tuner: tuning::Tuner,
     pub stream: Mutex<stream::Stream>,
+    /// Whether models replay plans.
+    pub replays: bool,
+    /// The plan in the making.
+    pub recorder: Mutex<Option<plan::Recorder>>,
+    pub arenas: Mutex<Vec<plan::WeakArena>>,
     pub profiler: Mutex<profile::Profiler>,
 }
 
@@ -123,6 +132,13 @@ impl Gpu {
             shaders: shader::Shaders::new(&device, &tier, options.checked, cache_dir.as_deref()),
             tuner: tuning::Tuner::new(options.tuning, cache_dir, &tier),
             stream: Mutex::new(stream::Stream::new(&tier)),
+            replays: match options.replay {
+                Replay::Off => false,
+                Replay::On => true,
+                Replay::ByAdapter => !tier.cpu,
+            },
+            recorder: Mutex::default(),
+            arenas: Mutex::default(),
             profiler: Mutex::new(profile::Profiler::new(options.profile && tier.timestamps)),
             device,
             queue,

@@ -9,6 +9,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex};
 
+use super::plan::Arena;
 use super::{Gpu, lock};
 use crate::error::Error;
 
@@ -23,12 +24,42 @@ pub struct MemoryStats {
     pub reserved_bytes: u64,
 }
 
+/// Free buffers by size class, then by identity.
 #[derive(Default)]
-struct State {
-    /// By size class, then by identity.
-    free: HashMap<u64, BTreeMap<u64, wgpu::Buffer>>,
+pub(super) struct FreeLists(HashMap<u64, BTreeMap<u64, wgpu::Buffer>>);
+
+impl FreeLists {
+    pub fn put(&mut self, class: u64, id: u64, raw: wgpu::Buffer) {
+        self.0.entry(class).or_default().insert(id, raw);
+    }
+
+    /// The oldest of a class.
+    pub fn take(&mut self, class: u64) -> Option<(u64, wgpu::Buffer)> {
+        self.0.get_mut(&class)?.pop_first()
+    }
+
+    /// Class, identity and buffer of all.
+    pub fn into_buffers(self) -> impl Iterator<Item = (u64, u64, wgpu::Buffer)> {
+        let all = |(class, list): (u64, BTreeMap<_, _>)| {
+            list.into_iter().map(move |(id, raw)| (class, id, raw))
+        };
+        self.0.into_iter().flat_map(all)
+    }
+}
+
+#[derive(Default)]
+pub(super) struct State {
+    free: FreeLists,
     stats: MemoryStats,
     created: u64,
+}
+
+impl State {
+    /// Takes a live buffer back.
+    pub fn put(&mut self, class: u64, id: u64, raw: wgpu::Buffer) {
+        self.stats.current_bytes -= class;
+        self.free.put(class, id, raw);
+    }
 }
 
 pub(crate) struct Pool {
@@ -41,7 +72,13 @@ pub struct Buffer {
     raw: Option<wgpu::Buffer>,
     id: u64,
     class: u64,
-    pool: Arc<Mutex<State>>,
+    home: Home,
+}
+
+/// Where a dropped buffer goes.
+enum Home {
+    Pool(Arc<Mutex<State>>),
+    Arena(Arena),
 }
 
 impl Buffer {
@@ -68,10 +105,10 @@ impl Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         if let Some(raw) = self.raw.take() {
-            let mut state = lock(&self.pool);
-            state.stats.current_bytes -= self.class;
-            let free = state.free.entry(self.class).or_default();
-            free.insert(self.id, raw);
+            match &self.home {
+                Home::Pool(state) => lock(state).put(self.class, self.id, raw),
+                Home::Arena(arena) => arena.put(self.class, self.id, raw),
+            }
         }
     }
 }
@@ -110,8 +147,12 @@ impl Pool {
         state.stats.peak_bytes = state.stats.current_bytes;
     }
 
+    pub(super) fn state(&self) -> Arc<Mutex<State>> {
+        self.state.clone()
+    }
+
     fn take_free(&self, class: u64) -> Option<(u64, wgpu::Buffer)> {
-        lock(&self.state).free.get_mut(&class)?.pop_first()
+        lock(&self.state).free.take(class)
     }
 
     /// A name for a buffer just made, whose `class` bytes count as held from now on.
@@ -130,7 +171,7 @@ impl Pool {
             raw: Some(raw),
             id,
             class,
-            pool: self.state.clone(),
+            home: Home::Pool(self.state.clone()),
         }
     }
 }
@@ -139,17 +180,39 @@ impl Gpu {
     /// A storage buffer of at least `bytes`; its content is undefined.
     ///
     /// When the adapter or the limit has no room, the free lists are given back and the allocation
-    /// is tried once more; after that the error waits for [`Gpu::check`] and dispatches do nothing.
+    /// is tried once more, then the memory of plans that are not in use; after that the error waits for [`Gpu::check`]
+    /// and dispatches do nothing.
     pub fn allocate(&self, bytes: u64) -> Buffer {
-        let pool = &self.inner().pool;
         let class = size_class(bytes);
+        let Some(arena) = self.arena() else {
+            return self.allocate_pooled(class);
+        };
+        match arena.take(class) {
+            Some((id, raw)) => Buffer {
+                raw: Some(raw),
+                id,
+                class,
+                home: Home::Arena(arena),
+            },
+            None => {
+                let mut buffer = self.allocate_pooled(class);
+                buffer.home = Home::Arena(arena);
+                buffer
+            }
+        }
+    }
+
+    fn allocate_pooled(&self, class: u64) -> Buffer {
+        let pool = &self.inner().pool;
         if let Some(free) = pool.take_free(class) {
             return pool.adopt(free, class);
         }
-        if let Some(raw) = self.create(class).or_else(|| {
+        let trimmed = || {
             self.trim();
             self.create(class)
-        }) {
+        };
+        let given_up = || self.give_up_arenas().then(trimmed).flatten();
+        if let Some(raw) = self.create(class).or_else(trimmed).or_else(given_up) {
             return pool.adopt(pool.register(raw, class), class);
         }
         self.inner().faults.set(Error::OutOfMemory {
@@ -200,7 +263,7 @@ impl Gpu {
         self.forget_bind_groups();
         let mut state = lock(&self.inner().pool.state);
         let State { free, stats, .. } = &mut *state;
-        for (class, buffers) in free {
+        for (class, buffers) in &mut free.0 {
             let given_back = buffers.split_off(&(made + 1));
             stats.reserved_bytes -= class * given_back.len() as u64;
         }

@@ -2,8 +2,6 @@
 
 use std::collections::HashMap;
 
-use super::Kernel;
-
 /// Timestamp pairs per query set (the WebGPU limit is 4096 queries).
 const PAIRS: u32 = 2048;
 
@@ -51,7 +49,7 @@ impl Profiler {
     }
 
     /// A timestamp pair for the next dispatch, or `None` when not profiling.
-    pub fn next(&mut self, device: &wgpu::Device, kernel: &Kernel) -> Option<PassWrites> {
+    pub fn next(&mut self, device: &wgpu::Device, label: &str) -> Option<PassWrites> {
         if !self.enabled {
             return None;
         }
@@ -70,12 +68,7 @@ impl Profiler {
             });
             (set, resolved)
         });
-        let defs: String = kernel
-            .defs
-            .iter()
-            .map(|(n, v)| format!(" {n}={v}"))
-            .collect();
-        self.labels.push(kernel.label() + &defs);
+        self.labels.push(label.to_string());
         Some(PassWrites {
             set: set.clone(),
             pair: self.labels.len() as u32 - 1,

@@ -16,7 +16,10 @@ pub struct ReadBack {
 
 impl Gpu {
     /// Starts copying `bytes` at `offset` of `buffer` to the host, after all work recorded so far.
+    ///
+    /// Panics while a plan is made: its replays would not be read.
     pub fn read_later(&self, buffer: &Buffer, offset: u64, bytes: u64) -> ReadBack {
+        assert!(!self.planning(), "a read-back within a plan");
         let padded = bytes.next_multiple_of(4).max(4);
         let staging = self.inner().device.create_buffer(&wgpu::BufferDescriptor {
             label: Some("readback"),

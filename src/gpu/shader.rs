@@ -153,6 +153,8 @@ pub fn stitched_wgsl(module: &naga::Module) -> Result<String> {
 
 pub(crate) struct Pipeline {
     pub id: u64,
+    /// The kernel's name and definitions, for profiles.
+    pub label: String,
     pub raw: wgpu::ComputePipeline,
     pub layout: wgpu::BindGroupLayout,
     pub immediate_bytes: u32,
@@ -356,7 +358,13 @@ impl Gpu {
             }
         }
         static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+        let defs: String = kernel
+            .defs
+            .iter()
+            .map(|(n, v)| format!(" {n}={v}"))
+            .collect();
         Ok(Pipeline {
+            label: label + &defs,
             id: NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed),
             raw,
             layout,

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use rustc_hash::FxHashMap;
 
+use super::plan::{Command, Dispatch};
 use super::shader::Pipeline;
 use super::{Buffer, Gpu, Inner, Kernel, Tier, lock};
 use crate::error::Error;
@@ -103,9 +104,13 @@ impl BindGroups {
 pub(crate) struct Stream {
     encoder: Option<wgpu::CommandEncoder>,
     pass: Option<wgpu::ComputePass<'static>>,
+    /// The pipeline set last in the pass.
+    pipeline: Option<u64>,
     dispatches: u32,
     /// Since the GPU was opened.
     dispatched: u64,
+    /// Those of them that plans had ready.
+    replayed: u64,
     work: u64,
     bind_groups: BindGroups,
     in_flight: VecDeque<wgpu::SubmissionIndex>,
@@ -119,8 +124,10 @@ impl Stream {
         Stream {
             encoder: None,
             pass: None,
+            pipeline: None,
             dispatches: 0,
             dispatched: 0,
+            replayed: 0,
             work: 0,
             bind_groups: BindGroups::default(),
             in_flight: VecDeque::new(),
@@ -128,6 +135,61 @@ impl Stream {
             // Work units are about one FLOP: a slow guess until the device has been measured.
             first_rate: if tier.cpu { 2_000_000 } else { 100_000_000 },
         }
+    }
+
+    /// Encodes one dispatch; whether it is time to submit.
+    fn dispatch(&mut self, inner: &Inner, dispatch: Dispatch<'_>) -> bool {
+        let mut profiler = lock(&inner.profiler);
+        if let Some(writes) = profiler.next(&inner.device, &dispatch.pipeline.label) {
+            // Profiling: a pass of its own for every dispatch.
+            self.pass = None;
+            let encoder = encoder(&mut self.encoder, &inner.device);
+            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor {
+                label: None,
+                timestamp_writes: Some(writes.descriptor()),
+            });
+            encode(&mut pass, &dispatch, None);
+        } else {
+            if self.pass.is_none() {
+                let pass = encoder(&mut self.encoder, &inner.device)
+                    .begin_compute_pass(&wgpu::ComputePassDescriptor::default())
+                    .forget_lifetime();
+                self.pass = Some(pass);
+                self.pipeline = None;
+            }
+            if let Some(pass) = self.pass.as_mut() {
+                encode(pass, &dispatch, self.pipeline);
+            }
+            self.pipeline = Some(dispatch.pipeline.id);
+        }
+        self.dispatches += 1;
+        self.dispatched += 1;
+        self.work += dispatch.work.max(10_000);
+        profiler.full() || self.dispatches >= DISPATCHES || self.work >= self.budget()
+    }
+
+    fn copy(
+        &mut self,
+        inner: &Inner,
+        from: &wgpu::Buffer,
+        to: &wgpu::Buffer,
+        [from_offset, to_offset]: [u64; 2],
+        bytes: u64,
+    ) {
+        self.pass = None;
+        encoder(&mut self.encoder, &inner.device).copy_buffer_to_buffer(
+            from,
+            from_offset,
+            to,
+            to_offset,
+            bytes,
+        );
+        self.work += bytes;
+    }
+
+    fn clear(&mut self, inner: &Inner, buffer: &wgpu::Buffer, offset: u64, bytes: u64) {
+        self.pass = None;
+        encoder(&mut self.encoder, &inner.device).clear_buffer(buffer, offset, Some(bytes));
     }
 
     fn budget(&self) -> u64 {
@@ -185,42 +247,87 @@ impl Gpu {
         );
         let mut stream = lock(&inner.stream);
         let group = stream.bind_groups.get(inner, &pipeline, bindings);
-        let mut profiler = lock(&inner.profiler);
-        if let Some(writes) = profiler.next(&inner.device, kernel) {
-            // Profiling: a pass of its own for every dispatch.
-            stream.pass = None;
-            let encoder = encoder(&mut stream.encoder, &inner.device);
-            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor {
-                label: None,
-                timestamp_writes: Some(writes.descriptor()),
-            });
-            record(&mut pass, &pipeline.raw, &group, immediates, groups);
-        } else {
-            if stream.pass.is_none() {
-                let pass = encoder(&mut stream.encoder, &inner.device)
-                    .begin_compute_pass(&wgpu::ComputePassDescriptor::default())
-                    .forget_lifetime();
-                stream.pass = Some(pass);
-            }
-            if let Some(pass) = stream.pass.as_mut() {
-                record(pass, &pipeline.raw, &group, immediates, groups);
-            }
-        }
-        let full = profiler.full();
-        drop(profiler);
-        stream.dispatches += 1;
-        stream.dispatched += 1;
-        stream.work += work.max(10_000);
-        let flush = full || stream.dispatches >= DISPATCHES || stream.work >= stream.budget();
+        let full = stream.dispatch(
+            inner,
+            Dispatch {
+                pipeline: &pipeline,
+                group: &group,
+                immediates,
+                groups,
+                work,
+            },
+        );
         drop(stream);
-        if flush {
+        self.note(|| Command::Dispatch {
+            pipeline,
+            group,
+            immediates: immediates.into(),
+            groups,
+            work,
+        });
+        if full {
             self.flush();
         }
+    }
+
+    /// Encodes commands of a plan.
+    pub(super) fn encode_all(&self, commands: &[Command]) {
+        let inner = self.inner();
+        let mut stream = lock(&inner.stream);
+        let before = stream.dispatched;
+        for command in commands {
+            let full = match command {
+                Command::Dispatch {
+                    pipeline,
+                    group,
+                    immediates,
+                    groups,
+                    work,
+                } => stream.dispatch(
+                    inner,
+                    Dispatch {
+                        pipeline,
+                        group,
+                        immediates,
+                        groups: *groups,
+                        work: *work,
+                    },
+                ),
+                Command::Copy {
+                    from,
+                    to,
+                    offsets,
+                    bytes,
+                } => {
+                    stream.copy(inner, from, to, *offsets, *bytes);
+                    false
+                }
+                Command::Clear {
+                    buffer,
+                    offset,
+                    bytes,
+                } => {
+                    stream.clear(inner, buffer, *offset, *bytes);
+                    false
+                }
+            };
+            if full {
+                drop(stream);
+                self.flush();
+                stream = lock(&inner.stream);
+            }
+        }
+        stream.replayed += stream.dispatched - before;
     }
 
     /// Dispatches recorded since the GPU was opened.
     pub fn dispatches(&self) -> u64 {
         lock(&self.inner().stream).dispatched
+    }
+
+    /// Those of them that were replayed.
+    pub fn replayed(&self) -> u64 {
+        lock(&self.inner().stream).replayed
     }
 
     /// Bind groups made since the GPU was opened: none in a step that repeats the one before it.
@@ -238,16 +345,14 @@ impl Gpu {
         bytes: u64,
     ) {
         let inner = self.inner();
-        let mut stream = lock(&inner.stream);
-        stream.pass = None;
-        encoder(&mut stream.encoder, &inner.device).copy_buffer_to_buffer(
-            from,
-            from_offset,
-            to,
-            to_offset,
+        let offsets = [from_offset, to_offset];
+        lock(&inner.stream).copy(inner, from, to, offsets, bytes);
+        self.note(|| Command::Copy {
+            from: from.clone(),
+            to: to.clone(),
+            offsets,
             bytes,
-        );
-        stream.work += bytes;
+        });
     }
 
     /// Records a copy of `bytes` between pooled buffers in stream order.
@@ -294,17 +399,20 @@ impl Gpu {
 
     /// Fills `bytes` of `buffer` at `offset` with zeros, in stream order.
     pub fn clear(&self, buffer: &Buffer, offset: u64, bytes: u64) {
-        if self.inner().faults.any() {
-            return;
+        if !self.inner().faults.any() {
+            self.clear_raw(buffer.raw(), offset, bytes.next_multiple_of(4));
         }
+    }
+
+    /// Records a clear in stream order; offset and size are multiples of 4.
+    pub(crate) fn clear_raw(&self, buffer: &wgpu::Buffer, offset: u64, bytes: u64) {
         let inner = self.inner();
-        let mut stream = lock(&inner.stream);
-        stream.pass = None;
-        encoder(&mut stream.encoder, &inner.device).clear_buffer(
-            buffer.raw(),
+        lock(&inner.stream).clear(inner, buffer, offset, bytes);
+        self.note(|| Command::Clear {
+            buffer: buffer.clone(),
             offset,
-            Some(bytes.next_multiple_of(4)),
-        );
+            bytes,
+        });
     }
 
     pub(crate) fn forget_bind_groups(&self) {
@@ -365,17 +473,15 @@ fn encoder<'a>(
     slot.get_or_insert_with(|| device.create_command_encoder(&Default::default()))
 }
 
-fn record(
-    pass: &mut wgpu::ComputePass<'_>,
-    pipeline: &wgpu::ComputePipeline,
-    group: &wgpu::BindGroup,
-    immediates: &[u8],
-    groups: [u32; 3],
-) {
-    pass.set_pipeline(pipeline);
-    pass.set_bind_group(0, group, &[]);
-    if !immediates.is_empty() {
-        pass.set_immediates(0, immediates);
+/// Encodes a dispatch into a pass in which the pipeline `set` was set last.
+fn encode(pass: &mut wgpu::ComputePass<'_>, dispatch: &Dispatch<'_>, set: Option<u64>) {
+    if set != Some(dispatch.pipeline.id) {
+        pass.set_pipeline(&dispatch.pipeline.raw);
     }
-    pass.dispatch_workgroups(groups[0], groups[1], groups[2]);
+    pass.set_bind_group(0, dispatch.group, &[]);
+    if !dispatch.immediates.is_empty() {
+        pass.set_immediates(0, dispatch.immediates);
+    }
+    let [x, y, z] = dispatch.groups;
+    pass.dispatch_workgroups(x, y, z);
 }

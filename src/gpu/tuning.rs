@@ -307,7 +307,7 @@ impl Gpu {
             return None;
         }
         let (start, before) = (Instant::now(), self.inner().pool.made());
-        let measured = measure();
+        let measured = self.unrecorded(measure);
         self.trim_since(before);
         let mut state = lock(&tuner.state);
         state.spent.time += start.elapsed();

@@ -1,13 +1,11 @@
 //! LoRA factors beside frozen linear layers.
 
-use std::cell::Cell;
-
 use serde::{Deserialize, Serialize};
 
+use super::dropout::dropped;
 use super::loader::{Init, Loader};
 use crate::autograd::{Var, no_grad};
 use crate::error::Result;
-use crate::ops::dropout::dropout;
 use crate::ops::unary::{Unary, unary};
 use crate::tensor::Tensor;
 
@@ -84,16 +82,6 @@ fn pattern<T: Copy>(list: &[(String, T)], path: &str) -> Option<T> {
     found.map(|&(_, value)| value)
 }
 
-thread_local! {
-    /// Seed of this step's dropout masks; `None` while not training.
-    static DROPOUT: Cell<Option<u64>> = const { Cell::new(None) };
-}
-
-/// Sets the seed of dropout masks for the coming forward and backward; `None` turns dropout off.
-pub fn set_dropout_seed(seed: Option<u64>) {
-    DROPOUT.set(seed);
-}
-
 /// The two factors beside one linear layer.
 pub(super) struct Lora {
     a: Var,
@@ -156,10 +144,7 @@ impl Lora {
     /// The layer's output `y` + scale · B A dropout(x), or with DoRA + what makes it that of
     /// m · (W + scale · B A) / ‖W + scale · B A‖. `product` gives W x.
     pub fn forward_onto(&self, x: &Var, y: &Var, product: impl Fn(&Var) -> Var) -> Var {
-        let x = match DROPOUT.get() {
-            Some(seed) if self.dropout > 0.0 => dropped(x, self.dropout, seed ^ self.site),
-            _ => x.clone(),
-        };
+        let x = dropped(x, self.dropout, self.site);
         let Some(dora) = &self.dora else {
             return x.low_rank_onto(&self.a, &self.b, self.scale, y);
         };
@@ -187,16 +172,6 @@ impl Lora {
             change.add(&dora.squares).unary(Unary::Sqrt)
         })
     }
-}
-
-/// Dropout whose mask depends on the seed alone, so that recomputation sees the same one.
-fn dropped(x: &Var, p: f32, seed: u64) -> Var {
-    Var::from_op(
-        "dropout",
-        dropout(x.value(), p, seed),
-        &[x],
-        move |dy, _| vec![Some(dropout(dy, p, seed))],
-    )
 }
 
 /// FNV-1a, to give every layer a dropout stream of its own.

@@ -2,15 +2,14 @@
 
 use super::{LINE_THREADS, dispatch, is_f16, line};
 use crate::gpu::Kernel;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 struct Params {
     vectors: u32,
     chunk: u32,
-    seed_low: u32,
-    seed_high: u32,
+    stream: [u32; 2],
     /// Elements whose 32 hashed bits lie below it are dropped.
     threshold: u32,
     scale: f32,
@@ -23,12 +22,17 @@ fn kernel(f16: bool, threads: u32) -> Kernel {
 }
 
 /// Zeroes each element with chance `p` and scales the others by 1 / (1 − p); linear in `x`, so the
-/// backward is the same call on dy with the same `seed` and `p`.
+/// backward is the same call on dy with the same `seed`, `stream` and `p`.
 ///
-/// Element i depends on (`seed`, i) alone, through the PCG hash of Jarzynski and Olano 2020.
+/// Element i depends on (`seed` ^ `stream`, i) alone, through the PCG hash of Jarzynski and Olano 2020. `seed`, u32 `[2]`
+/// with the lower half first, lies on the device, so that each step's masks differ where a step is replayed.
 /// Panics unless 0 ≤ p < 1.
-pub fn dropout(x: &Tensor, p: f32, seed: u64) -> Tensor {
+pub fn dropout(x: &Tensor, p: f32, seed: &Tensor, stream: u64) -> Tensor {
     assert!((0.0..1.0).contains(&p), "dropout: p = {p}");
+    assert!(
+        seed.dtype() == DType::U32 && seed.elements() == 2,
+        "dropout: seed {seed:?}"
+    );
     if p == 0.0 {
         return x.clone();
     }
@@ -38,14 +42,13 @@ pub fn dropout(x: &Tensor, p: f32, seed: u64) -> Tensor {
     let params = Params {
         vectors: vectors as u32,
         chunk: line.chunk,
-        seed_low: seed as u32,
-        seed_high: (seed >> 32) as u32,
+        stream: [stream as u32, (stream >> 32) as u32],
         threshold: (f64::from(p) * 4_294_967_296.0) as u32,
         scale: 1.0 / (1.0 - p),
     };
     dispatch(
         &kernel(is_f16("dropout", x), line.threads),
-        &[x, &y],
+        &[x, seed, &y],
         &params,
         line.groups,
     );

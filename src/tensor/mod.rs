@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod dtype;
+mod place;
 mod quantized;
 mod save;
 
@@ -9,6 +10,7 @@ use std::sync::Arc;
 
 pub use checkpoint::{Checkpoint, Stored};
 pub use dtype::DType;
+pub use place::Place;
 pub use quantized::{GROUP, Quantization, QuantizedMatrix};
 pub use save::{HostTensor, save_safetensors};
 

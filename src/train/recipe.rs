@@ -31,9 +31,9 @@ use crate::autograd::{Gradients, Var, find_non_finite};
 use crate::data::DataSet;
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
-use crate::nn::set_dropout_seed;
+use crate::nn::with_dropout;
 use crate::ops::adamw::AdamW;
-use crate::tensor::PendingRead;
+use crate::tensor::{PendingRead, Tensor};
 use crate::vlm::Processor;
 
 /// What the loop reports and asks while it runs.
@@ -108,6 +108,7 @@ impl Training {
     /// # Errors
     /// Anything wrong with the configuration or the files that it names.
     pub fn new(gpu: &Gpu, config: &Config) -> Result<Training> {
+        let config = &config.for_plans(gpu.replays());
         let processor =
             Arc::new(Processor::open(&config.model.path)?.cut_at(config.data.max_tokens)?);
         let (loader, held_out) = loaders(config, &processor)?;
@@ -295,7 +296,7 @@ impl Training {
             .config
             .learning_rate(self.step, epoch, self.total_steps());
         gpu.reset_peak();
-        let before = (gpu.dispatches(), gpu.bind_groups());
+        let before = [gpu.dispatches(), gpu.replayed(), gpu.bind_groups()];
         let (computed, norm) = loop {
             match self.update(gpu, examples, lr as f32) {
                 Err(Error::OutOfMemory { .. }) if self.state.micro > 1 => {
@@ -305,10 +306,11 @@ impl Training {
             }
         };
         tracing::debug!(
-            "step {}: {} dispatches, {} new bind groups",
+            "step {}: {} dispatches, {} of them replayed, {} new bind groups",
             self.step,
-            gpu.dispatches() - before.0,
-            gpu.bind_groups() - before.1
+            gpu.dispatches() - before[0],
+            gpu.replayed() - before[1],
+            gpu.bind_groups() - before[2]
         );
         let metrics = StepMetrics {
             step: self.step,
@@ -349,7 +351,7 @@ impl Training {
         gpu: &Gpu,
         examples: &mut [Example],
         lr: f32,
-    ) -> Result<(Computed, Option<crate::tensor::Tensor>)> {
+    ) -> Result<(Computed, Option<Tensor>)> {
         self.complete(gpu, examples)?;
         let mut computed = self.compute(gpu, examples, self.step)?;
         gpu.check()?;
@@ -386,21 +388,19 @@ impl Training {
                 language: weights.language * share.language,
                 ..weights
             };
-            set_dropout_seed(Some(step_seed(self.config.train.seed, step, number as u64)));
-            let losses = self.objective.losses(gpu, &part, &batch, weighed);
-            let gradients =
-                losses
-                    .as_ref()
-                    .map(|losses| match (&scale, losses.total.needs_grad()) {
-                        (_, false) => Gradients::default(),
-                        (None, true) => losses.total.backward(),
-                        (Some(scale), true) => {
-                            Var::backward_with(&[(losses.total.clone(), scale.clone())])
-                        }
-                    });
-            set_dropout_seed(None);
-            let gradients = gradients.unwrap_or_default();
-            let losses = losses?;
+            let seed = step_seed(self.config.train.seed, step, number as u64);
+            let seed = Tensor::from_u32(gpu, &[seed as u32, (seed >> 32) as u32], &[2]);
+            let (losses, gradients) = with_dropout(Some(seed), || {
+                let losses = self.objective.losses(gpu, &part, &batch, weighed)?;
+                let gradients = match (&scale, losses.total.needs_grad()) {
+                    (_, false) => Gradients::default(),
+                    (None, true) => losses.total.backward(),
+                    (Some(scale), true) => {
+                        Var::backward_with(&[(losses.total.clone(), scale.clone())])
+                    }
+                };
+                Result::Ok((losses, gradients))
+            })?;
             let next = Computed {
                 lm: part_of(losses.lm, share.language),
                 attention: losses.attention.map(|l| part_of(l, share.attention)),

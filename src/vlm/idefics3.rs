@@ -13,9 +13,9 @@ use super::mirror::Mirror;
 use super::siglip::{Siglip, pixel_shuffle};
 use crate::Result;
 use crate::align::options::Parallel;
-use crate::autograd::{Var, checkpoint};
+use crate::autograd::{Replayed, Var};
 use crate::gpu::Gpu;
-use crate::nn::{Embedding, Linear, Loader, RmsNorm};
+use crate::nn::{Embedding, Linear, Loader, RmsNorm, recomputed, replayed};
 use crate::ops::attention::AttentionMask;
 use crate::ops::attention_tap::AttentionTap;
 use crate::tensor::Tensor;
@@ -71,6 +71,45 @@ impl Layer {
     }
 }
 
+/// The layers and the norm behind them.
+struct Decoder {
+    layers: Vec<Rc<Layer>>,
+    norm: RmsNorm,
+}
+
+impl Decoder {
+    /// Hidden states of embeddings `x`, and the probabilities of each of `layers`.
+    fn forward(
+        &self,
+        mut x: Var,
+        positions: &Rc<Positions>,
+        mut caches: Option<&mut Vec<KvCache>>,
+        (layers, tap): (&[usize], Option<&AttentionTap>),
+        recompute: bool,
+    ) -> (Var, Vec<Var>) {
+        let mut found: Vec<Option<Var>> = vec![None; self.layers.len()];
+        for (index, layer) in self.layers.iter().enumerate() {
+            let tap = tap.filter(|_| layers.contains(&index));
+            let cache = caches.as_mut().map(|caches| &mut caches[index]);
+            (x, found[index]) = if recompute && cache.is_none() {
+                let (layer, positions, tap) = (layer.clone(), positions.clone(), tap.cloned());
+                let mut outputs = recomputed(&[x], move |inputs| {
+                    let (x, probs) = layer.forward(&inputs[0], &positions, None, tap.as_ref());
+                    [x].into_iter().chain(probs).collect()
+                });
+                (outputs.remove(0), outputs.pop())
+            } else {
+                layer.forward(&x, positions, cache, tap)
+            };
+        }
+        let taps = layers
+            .iter()
+            .filter_map(|&index| found.get(index)?.clone())
+            .collect();
+        (self.norm.forward(&x), taps)
+    }
+}
+
 /// State of a generation: every layer's keys and values.
 #[derive(Clone)]
 pub struct Idefics3Cache {
@@ -86,8 +125,8 @@ pub struct Idefics3 {
     vision: Siglip,
     projection: Linear,
     embedding: Embedding,
-    layers: Vec<Rc<Layer>>,
-    norm: RmsNorm,
+    decoder: Rc<Decoder>,
+    plans: Replayed,
     head: Linear,
     /// Whether a layer has a parallel attention.
     parallel: bool,
@@ -123,8 +162,8 @@ impl Idefics3 {
             vision,
             projection,
             embedding,
-            layers,
-            norm,
+            decoder: Rc::new(Decoder { layers, norm }),
+            plans: Replayed::new(loader.gpu()),
             head,
             gpu: loader.gpu().clone(),
             config: config.clone(),
@@ -147,7 +186,8 @@ impl Idefics3 {
         let (hidden, head_dim) = (self.config.hidden, self.config.head_dim);
         for &index in layers {
             let l = loader.sub("model.text_model.layers").sub(index);
-            let layer = Rc::get_mut(&mut self.layers[index]);
+            let decoder = Rc::get_mut(&mut self.decoder);
+            let layer = decoder.and_then(|decoder| Rc::get_mut(&mut decoder.layers[index]));
             let attention = &mut layer.expect("no tape holds it yet").attention;
             attention.add_parallel(&l.sub("self_attn"), kind, hidden, head_dim)?;
         }
@@ -253,7 +293,7 @@ impl Idefics3 {
         let tokens = input.ids.len();
         let x = self.embed(&[input], tokens, false);
         let mut cache = Idefics3Cache {
-            layers: vec![KvCache::default(); self.layers.len()],
+            layers: vec![KvCache::default(); self.config.layers],
             tokens,
             picture: self.picture(&[input], tokens),
         };
@@ -291,31 +331,56 @@ impl Idefics3 {
 
     fn run(
         &self,
-        mut x: Var,
+        x: Var,
         positions: &Rc<Positions>,
-        mut caches: Option<&mut Vec<KvCache>>,
+        caches: Option<&mut Vec<KvCache>>,
         layers: &[usize],
         tap: Option<&AttentionTap>,
     ) -> (Var, Vec<Var>) {
-        let mut found: Vec<Option<Var>> = vec![None; self.layers.len()];
-        for (index, layer) in self.layers.iter().enumerate() {
-            let tap = tap.filter(|_| layers.contains(&index));
-            let cache = caches.as_mut().map(|caches| &mut caches[index]);
-            (x, found[index]) = if self.checkpointing && cache.is_none() {
-                let (layer, positions, tap) = (layer.clone(), positions.clone(), tap.cloned());
-                let mut outputs = checkpoint(&[x], move |inputs| {
-                    let (x, probs) = layer.forward(&inputs[0], &positions, None, tap.as_ref());
-                    [x].into_iter().chain(probs).collect()
-                });
-                (outputs.remove(0), outputs.pop())
-            } else {
-                layer.forward(&x, positions, cache, tap)
-            };
+        let recompute = self.checkpointing;
+        if caches.is_some() || positions.picture.is_some() || positions.mirror.is_some() {
+            let tapped = (layers, tap);
+            return self
+                .decoder
+                .forward(x, positions, caches, tapped, recompute);
         }
-        let taps = layers
-            .iter()
-            .filter_map(|&index| found.get(index)?.clone())
+        let (decoder, positions) = (self.decoder.clone(), positions.clone());
+        let own: Vec<usize> = [usize::from(recompute)]
+            .into_iter()
+            .chain(layers.iter().copied())
             .collect();
-        (self.norm.forward(&x), taps)
+        let rows = tap.map(|tap| tap.query_rows.elements());
+        let tensors = tap.map(|tap| [self.few(&tap.query_rows), tap.key_columns.clone()]);
+        let tensors = tensors.into_iter().flatten().map(Var::constant);
+        let inputs: Vec<Var> = [x].into_iter().chain(tensors).collect();
+        let hooked = layers.to_vec();
+        let mut outputs = replayed(&self.plans, &own, &inputs, move |inputs| {
+            let tap = (inputs.len() == 3).then(|| AttentionTap {
+                query_rows: inputs[1].value().clone(),
+                key_columns: inputs[2].value().clone(),
+            });
+            let tapped = (&hooked[..], tap.as_ref());
+            let (x, taps) = decoder.forward(inputs[0].clone(), &positions, None, tapped, recompute);
+            [x].into_iter().chain(taps).collect()
+        });
+        let hidden = outputs.remove(0);
+        let own_rows = |probs: Var| match rows {
+            Some(rows) if rows < probs.dim(0) => probs.narrow(0, 0, rows),
+            _ => probs,
+        };
+        (hidden, outputs.into_iter().map(own_rows).collect())
+    }
+
+    /// A tap's rows, where plans are replayed filled up to a power of two with rows that give nothing: few numbers of
+    /// rows have few plans.
+    fn few(&self, rows: &Tensor) -> Tensor {
+        if !self.gpu.replays() {
+            return rows.clone();
+        }
+        let count = rows.elements();
+        let filled = vec![u32::MAX; count.next_power_of_two().max(8)];
+        let filled = Tensor::from_u32(&self.gpu, &filled, &[filled.len()]);
+        filled.narrow(0, count).copy_from(rows);
+        filled
     }
 }

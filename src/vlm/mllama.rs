@@ -13,9 +13,9 @@ pub use super::mllama_vision::MllamaVisionConfig;
 use super::parallel::ParallelAttention;
 use crate::Result;
 use crate::align::options::Parallel;
-use crate::autograd::{Var, checkpoint};
+use crate::autograd::Var;
 use crate::gpu::Gpu;
-use crate::nn::{Embedding, Init, Linear, Loader, RmsNorm};
+use crate::nn::{Embedding, Init, Linear, Loader, RmsNorm, recomputed};
 use crate::ops::attention::{AttentionMask, AttentionShape};
 use crate::ops::attention_tap::AttentionTap;
 use crate::tensor::{DType, Tensor};
@@ -530,7 +530,7 @@ impl Mllama {
             match (&**layer, pictures) {
                 // A text without pictures passes by the cross-attention layers.
                 (Layer::Cross(_), None) => {}
-                (Layer::Text(_), _) if recompute => x = recomputed(layer, x, positions),
+                (Layer::Text(_), _) if recompute => x = recomputed_text(layer, x, positions),
                 (Layer::Text(layer), _) => x = layer.forward(&x, positions, cache),
                 (Layer::Cross(cross), Some(pictures)) => {
                     let tap = tap.filter(|_| layers.contains(&hooked));
@@ -550,9 +550,9 @@ impl Mllama {
     }
 }
 
-fn recomputed(layer: &Rc<Layer>, x: Var, positions: &Rc<Positions>) -> Var {
+fn recomputed_text(layer: &Rc<Layer>, x: Var, positions: &Rc<Positions>) -> Var {
     let (layer, positions) = (layer.clone(), positions.clone());
-    let mut outputs = checkpoint(&[x], move |inputs| match &*layer {
+    let mut outputs = recomputed(&[x], move |inputs| match &*layer {
         Layer::Text(layer) => vec![layer.forward(&inputs[0], &positions, None)],
         Layer::Cross(_) => unreachable!("called for text layers"),
     });
@@ -572,7 +572,7 @@ fn recomputed_cross(
         states: None,
         ..pictures
     };
-    let mut outputs = checkpoint(&inputs, move |inputs| match &*layer {
+    let mut outputs = recomputed(&inputs, move |inputs| match &*layer {
         Layer::Cross(layer) => {
             let pictures = Pictures {
                 states: inputs.get(1).cloned(),

@@ -10,9 +10,9 @@ use serde_json::Value;
 
 use super::decoder::{number, size};
 use super::mllama_processor::Tiles;
-use crate::autograd::{Var, attention, checkpoint};
+use crate::autograd::{Var, attention};
 use crate::gpu::Gpu;
-use crate::nn::{Init, LayerNorm, Linear, Loader};
+use crate::nn::{Init, LayerNorm, Linear, Loader, recomputed};
 use crate::ops::attention::{AttentionMask, AttentionShape};
 use crate::ops::unary::Unary;
 use crate::tensor::{DType, Tensor};
@@ -260,7 +260,7 @@ fn run(layer: &Rc<Layer>, x: Var, mask: &AttentionMask, recompute: bool) -> Var 
         return layer.forward(&x, mask);
     }
     let (layer, mask) = (layer.clone(), mask.clone());
-    checkpoint(&[x], move |inputs| vec![layer.forward(&inputs[0], &mask)]).remove(0)
+    recomputed(&[x], move |inputs| vec![layer.forward(&inputs[0], &mask)]).remove(0)
 }
 
 /// The picture encoder.

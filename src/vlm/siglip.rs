@@ -4,9 +4,9 @@ use std::rc::Rc;
 
 use super::idefics3_config::SiglipConfig;
 use crate::Result;
-use crate::autograd::{Var, attention, checkpoint};
+use crate::autograd::{Replayed, Var, attention};
 use crate::gpu::Gpu;
-use crate::nn::{Embedding, Init, LayerNorm, Linear, Loader};
+use crate::nn::{Embedding, Init, LayerNorm, Linear, Loader, recomputed, replayed};
 use crate::ops::attention::{AttentionMask, AttentionShape};
 use crate::ops::unary::Unary;
 use crate::tensor::{DType, Tensor};
@@ -66,11 +66,18 @@ impl Block {
     }
 }
 
-/// The encoder.
+/// The encoder with its plans.
 pub struct Siglip {
     config: SiglipConfig,
     gpu: Gpu,
     activations: DType,
+    encoder: Rc<Encoder>,
+    plans: Replayed,
+}
+
+/// Its layers.
+struct Encoder {
+    config: SiglipConfig,
     patch_weight: Var,
     patch_bias: Var,
     positions: Embedding,
@@ -90,7 +97,7 @@ impl Siglip {
         let patch = embeddings.sub("patch_embedding");
         let table = (config.image_size / config.patch).pow(2);
         let layers = l.sub("encoder").sub("layers");
-        Ok(Self {
+        let encoder = Encoder {
             patch_weight: patch.matrix("weight", &kernel, Init::Uniform(1.0 / fan.sqrt()))?,
             patch_bias: patch.vector("bias", &[hidden], Init::Zeros)?,
             positions: Embedding::load(&embeddings.sub("position_embedding"), table, hidden)?,
@@ -98,6 +105,11 @@ impl Siglip {
                 .map(|i| Ok(Rc::new(Block::load(config, &layers.sub(i))?)))
                 .collect::<Result<_>>()?,
             norm: LayerNorm::load(&l.sub("post_layernorm"), hidden, config.eps)?,
+            config: config.clone(),
+        };
+        Ok(Self {
+            encoder: Rc::new(encoder),
+            plans: Replayed::new(l.gpu()),
             gpu: l.gpu().clone(),
             activations: l.activations(),
             config: config.clone(),
@@ -136,18 +148,31 @@ impl Siglip {
             self.activations,
             &[tiles, patches, width],
         );
+        let encoder = self.encoder.clone();
+        let own = [usize::from(recompute)];
+        replayed(&self.plans, &own, &[Var::constant(pixels)], move |inputs| {
+            vec![encoder.forward(&inputs[0], recompute)]
+        })
+        .remove(0)
+    }
+}
+
+impl Encoder {
+    /// Patches `[tiles, patches, 3 · patch · patch]` to `[tiles, patches, hidden]`.
+    fn forward(&self, pixels: &Var, recompute: bool) -> Var {
+        let (patches, width) = (pixels.dim(1), pixels.dim(2));
         let weight = self.patch_weight.reshape(&[self.config.hidden, width]);
-        let x = Var::constant(pixels).linear(&weight, Some(&self.patch_bias));
+        let x = pixels.linear(&weight, Some(&self.patch_bias));
         let side = patches.isqrt();
         let ids = position_ids(self.config.image_size / self.config.patch, side);
-        let ids = Tensor::from_u32(&self.gpu, &ids, &[1, patches]);
+        let ids = Tensor::from_u32(pixels.value().gpu(), &ids, &[1, patches]);
         let mut x = x.add(&self.positions.forward(&ids));
         for block in &self.blocks {
             x = match recompute {
                 false => block.forward(&x),
                 true => {
                     let block = block.clone();
-                    checkpoint(&[x], move |inputs| vec![block.forward(&inputs[0])]).remove(0)
+                    recomputed(&[x], move |inputs| vec![block.forward(&inputs[0])]).remove(0)
                 }
             };
         }

@@ -7,4 +7,5 @@ mod attention;
 mod checkpoint;
 mod differences;
 mod pytorch;
+mod replayed;
 mod tape;

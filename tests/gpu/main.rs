@@ -7,6 +7,7 @@ mod adapter;
 mod checkpoint;
 mod faults;
 mod memory;
+mod plan;
 mod save;
 mod stream;
 mod tuning;

@@ -7,11 +7,12 @@ use lavender_wgpu::diffusion::{
     Capture, ClipText, ClipTextConfig, MapLayers, StableDiffusion, TeacherOptions, TextChunk,
     Trajectory, Unet, UnetConfig, Vae, VaeConfig, clip_text, vae,
 };
+use lavender_wgpu::gpu::{Gpu, GpuOptions, Replay};
 use lavender_wgpu::nn::{LoadOptions, Loader};
 use lavender_wgpu::ops::permute::permute;
 use lavender_wgpu::tensor::{Checkpoint, DType, Tensor};
 
-use crate::support::{gpu, reference};
+use crate::support::{gpu, reference, rng, uniform};
 use crate::teacher_fixture::{CHECKPOINTS, Expected, assert_relative};
 
 /// The models agree with the libraries to this, relative to the largest value: rounding of f32 sums in another order
@@ -209,6 +210,38 @@ fn noise_is_added_and_predicted_as_diffusers_does() {
         let found = word_maps(text, Case::Lower, &maps);
         assert_relative(name, &found.raw, &expected.get("noised.raw").0, RELATIVE);
     }
+}
+
+#[test]
+fn replayed_passes_are_the_passes_bit_by_bit() {
+    let options = GpuOptions {
+        replay: Replay::On,
+        ..GpuOptions::default()
+    };
+    let own = Gpu::new(&options).unwrap();
+    let dir = reference(&format!("teacher/{}", CHECKPOINTS[0]));
+    let predictions = |gpu: &Gpu| {
+        let model = StableDiffusion::load(gpu, &dir, &TeacherOptions::default()).unwrap();
+        let side = model.latent_side();
+        let states = model.encode_text(&chunks(&model, "a red ball").iter().collect::<Vec<_>>());
+        let latents = |seed| {
+            let values = uniform(&mut rng(seed), side * side * 4);
+            Tensor::from_f32(gpu, &values, &[1, side, side, 4])
+        };
+        let mut capture = Capture::new(MapLayers::HalfAndQuarter, side);
+        let mut predicted = Vec::new();
+        for (seed, timestep) in [(1, 10), (2, 300), (3, 700)] {
+            let x = latents(seed);
+            for capture in [Some(&mut capture), None] {
+                let noise = model.predict_noise(&x, timestep, &states, capture);
+                predicted.push(noise.to_f32().unwrap());
+            }
+        }
+        predicted.push(capture.aggregate().unwrap().to_f32().unwrap());
+        predicted
+    };
+    assert_eq!(predictions(&own), predictions(gpu()));
+    assert!(3 * own.replayed() > own.dispatches());
 }
 
 #[test]

@@ -10,6 +10,11 @@ fn pcg(input: u32) -> u32 {
     (word >> 22) ^ word
 }
 
+/// A seed as the kernel takes it.
+fn on_device(seed: u64) -> Tensor {
+    Tensor::from_u32(gpu(), &[seed as u32, (seed >> 32) as u32], &[2])
+}
+
 #[test]
 fn the_mask_is_the_hash_of_seed_and_index() {
     let mut rng = rng(151);
@@ -31,7 +36,11 @@ fn the_mask_is_the_hash_of_seed_and_index() {
                     }
                 })
                 .collect();
-            assert_close("dropout", &dropout(&x, p, seed), &expected);
+            // Of seed and stream together.
+            for stream in [0, 0x1234_5678_9abc_def0] {
+                let y = dropout(&x, p, &on_device(seed ^ stream), stream);
+                assert_close("dropout", &y, &expected);
+            }
         }
     }
 }
@@ -41,8 +50,8 @@ fn the_share_dropped_is_p_and_seeds_differ() {
     let n = 1 << 18;
     let ones = Tensor::from_f32(gpu(), &vec![1.0; n], &[n]);
     let p = 0.3;
-    let first = dropout(&ones, p, 7).to_f32().unwrap();
-    let second = dropout(&ones, p, 8).to_f32().unwrap();
+    let first = dropout(&ones, p, &on_device(7), 0).to_f32().unwrap();
+    let second = dropout(&ones, p, &on_device(7), 15).to_f32().unwrap();
     let dropped = |y: &[f32]| y.iter().filter(|&&v| v == 0.0).count() as f64 / n as f64;
     // Five standard deviations of a binomial share.
     let bound = 5.0 * (0.3f64 * 0.7 / n as f64).sqrt();
@@ -62,5 +71,5 @@ fn the_share_dropped_is_p_and_seeds_differ() {
 #[test]
 fn nothing_is_dropped_at_zero() {
     let (x, held) = upload(&uniform(&mut rng(152), 9), DType::F32, &[9]);
-    assert_close("p = 0", &dropout(&x, 0.0, 3), &held);
+    assert_close("p = 0", &dropout(&x, 0.0, &on_device(3), 0), &held);
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use lavender_wgpu::gpu::{Gpu, GpuOptions};
+use lavender_wgpu::gpu::{Gpu, GpuOptions, Replay};
 use lavender_wgpu::tensor::Checkpoint;
 use lavender_wgpu::train::config::{Config, Mode, Precision};
 use lavender_wgpu::train::metrics::{EvalMetrics, MapMetrics, StepMetrics, read, read_lines};
@@ -119,6 +119,41 @@ fn recomputed_activations_and_padded_lengths_leave_the_losses() {
     assert_same(&checkpointed, &plain);
     let peak = |done: &Done| done.steps.iter().map(|s| s.peak_bytes).max();
     assert!(peak(&checkpointed) < peak(&plain));
+}
+
+#[test]
+fn replayed_steps_are_the_steps_bit_by_bit() {
+    let case = case();
+    let replaying = || {
+        let options = GpuOptions {
+            replay: Replay::On,
+            ..GpuOptions::default()
+        };
+        Gpu::new(&options).unwrap()
+    };
+    for (name, lambda, checkpointing) in [
+        ("guided", 10.0, false),
+        ("plain", 0.0, false),
+        ("recomputed", 10.0, true),
+    ] {
+        let change = |c: &mut Config| {
+            (c.train.batch, c.train.accumulate) = (2, 2);
+            c.train.bucket = 64;
+            c.loss.lambda = lambda;
+            c.train.checkpoint_activations = checkpointing;
+        };
+        let gpu = replaying();
+        let steps = case.run_on(&gpu, &format!("{name}-replayed"), change);
+        assert!(2 * gpu.replayed() > gpu.dispatches(), "{name}");
+        let plain = case.run_on(&limited(None), name, change);
+        let figures = |done: &Done| -> Vec<[f64; 3]> {
+            let of = |s: &StepMetrics| [s.lm_loss, s.attn_loss, s.grad_norm];
+            done.steps.iter().map(of).collect()
+        };
+        assert_eq!(figures(&steps), figures(&plain), "{name}");
+        let lora = |done: &Done| fs::read(done.run.lora().join("adapter_model.safetensors"));
+        assert_eq!(lora(&steps).unwrap(), lora(&plain).unwrap(), "{name}");
+    }
 }
 
 /// A GPU of its own, that may hold so much.

@@ -52,8 +52,8 @@ pub struct Train {
     pub accumulate: usize,
     /// Whether layers are computed again in the backward instead of keeping their activations; default false.
     pub checkpoint_activations: bool,
-    /// Sequences are padded to a multiple of so many tokens, to have few lengths; 0 for the batch's longest.
-    /// Default 0.
+    /// Sequences are padded to a multiple of so many tokens, to have few lengths; 0 for the batch's longest, or where
+    /// steps are replayed for a multiple of 32. Default 0.
     pub bucket: usize,
     /// Steps in all; instead of `epochs`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -172,7 +172,19 @@ impl Default for Train {
     }
 }
 
+/// Tokens that sequences are padded to a multiple of where steps are replayed: each length has its own plans.
+const REPLAYED_BUCKET: usize = 32;
+
 impl Config {
+    /// The same, with few lengths of sequences where steps are replayed.
+    pub fn for_plans(&self, replays: bool) -> Config {
+        let mut config = self.clone();
+        if replays && config.train.bucket == 0 {
+            config.train.bucket = REPLAYED_BUCKET;
+        }
+        config
+    }
+
     /// Samples of an update: `train.batch` × `train.accumulate`.
     pub fn effective_batch(&self) -> usize {
         self.train.batch * self.train.accumulate
