@@ -3,17 +3,27 @@
 // addresses the same for all of them. Every step adds four terms to every sum: the driver blends sums
 // with its execution mask once per iteration, so longer iterations are cheaper.
 //
-// a is described by strides so that convolution is the same product over a padded image: k runs over
-// segments. Row form (a's rows are contiguous along k): row → (image, y, x) gives the row's address,
-// a segment adds `segment_stride`. COLUMN form (contiguous along m): a segment is (image, y), k within
-// it steps by `stride_x`, and m is cut into runs of contiguous rows.
+// a is described by strides so that convolution is the same product over a padded image: k runs over segments, each adds
+// `segment_stride` to an address and every `run` of them `run_stride`. Row form (a's rows are contiguous along k): row →
+// (image, y, x) gives the row's address. COLUMN form (contiguous along m): k within a segment steps by `stride_x`.
+//
+// ALONG (row form): b's columns are contiguous along k, `b_row` apart, as a linear layer's weight or an image's pixels are.
 //
 // SUBGROUP (row form, subgroups of 8): a's elements are loaded by one thread each and broadcast, where a load that is
 // the same for all threads would check its bounds once for each component.
+//
+// QUADS: rows of c, of the residual and the bias are whole vec4s.
 #ifdef C_F16
-alias CElem = f16;
+alias Scalar = f16;
 #else
-alias CElem = f32;
+alias Scalar = f32;
+#endif
+#ifdef QUADS
+alias CElem = vec4<Scalar>;
+alias Bias = vec4<f32>;
+#else
+alias CElem = Scalar;
+alias Bias = f32;
 #endif
 
 struct Params {
@@ -32,12 +42,8 @@ struct Params {
     segments: u32,
     segment: u32,
     segment_stride: u32,
-    // COLUMN: rows of a run, tiles they take, and of each `padded` rows the `channels` that exist.
     run: u32,
-    run_tiles: u32,
     run_stride: u32,
-    padded: u32,
-    channels: u32,
     // b, in vec4s: panels of 32 columns.
     b_start: u32,
     b_batch: u32,
@@ -54,7 +60,7 @@ struct Params {
 @group(0) @binding(0) var<storage, read> a: array<vec4<f32>>;
 @group(0) @binding(1) var<storage, read> b: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read_write> c: array<CElem>;
-@group(0) @binding(3) var<storage, read> bias: array<f32>;
+@group(0) @binding(3) var<storage, read> bias: array<Bias>;
 @group(0) @binding(4) var<storage, read> residual: array<CElem>;
 var<immediate> p: Params;
 
@@ -78,15 +84,19 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let per_part = (p.segments + p.splits - 1u) / p.splits;
     let last = min(p.segments, (part + 1u) * per_part);
     let a0 = p.a_start + batch * p.a_batch;
+    let col = group.y * 32u + lane * 4u;
+#ifdef ALONG
+    // Columns past the end repeat the last one; they are not stored.
+    let columns = p.b_start + batch * p.b_batch + min(vec4<u32>(col) + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(p.n - 1u)) * p.b_row;
+#else
     let b0 = p.b_start + batch * p.b_batch + group.y * p.b_panel + lane;
+#endif
     var sum: array<vec4<f32>, ROWS>;
 #ifdef COLUMN
-    let run = group.x / p.run_tiles;
-    let first_row = (group.x % p.run_tiles) * ROWS;
-    let column = a0 + run * p.run_stride + first_row / 4u;
+    let column = a0 + group.x * (ROWS / 4u);
     for (var s = part * per_part; s < last; s++) {
         let length = min(p.segment, p.k - s * p.segment);
-        var a_at = column + (s / p.size_y) * p.stride_image + (s % p.size_y) * p.stride_y;
+        var a_at = column + (s / p.run) * p.run_stride + (s % p.run) * p.segment_stride;
         var b_at = b0 + s * p.segment * p.b_row;
         var k = 0u;
         for (; k + 4u <= length; k += 4u) {
@@ -131,13 +141,30 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     for (var s = part * per_part; s < last; s++) {
         let length = min(p.segment, p.k - s * p.segment) / 4u;
-        var a_at = s * p.segment_stride;
+        var a_at = (s / p.run) * p.run_stride + (s % p.run) * p.segment_stride;
+#ifdef ALONG
+        var b_at = s * (p.segment / 4u);
+#else
         var b_at = b0 + s * p.segment * p.b_row;
+#endif
         for (var k = 0u; k < length; k++) {
+#ifdef ALONG
+            let cx = b[columns.x + b_at];
+            let cy = b[columns.y + b_at];
+            let cz = b[columns.z + b_at];
+            let cw = b[columns.w + b_at];
+            let bx = vec4<f32>(cx.x, cy.x, cz.x, cw.x);
+            let by = vec4<f32>(cx.y, cy.y, cz.y, cw.y);
+            let bz = vec4<f32>(cx.z, cy.z, cz.z, cw.z);
+            let bw = vec4<f32>(cx.w, cy.w, cz.w, cw.w);
+            b_at += 1u;
+#else
             let bx = b[b_at];
             let by = b[b_at + p.b_row];
             let bz = b[b_at + 2u * p.b_row];
             let bw = b[b_at + 3u * p.b_row];
+            b_at += 4u * p.b_row;
+#endif
 #ifdef SUBGROUP
             let upper = a[rows[0] + a_at];
             let lower = a[rows[1] + a_at];
@@ -163,26 +190,33 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             }
 #endif
             a_at += 1u;
-            b_at += 4u * p.b_row;
         }
     }
 #endif
     let c0 = p.c_start + group.z * p.c_batch;
-    let col = group.y * 32u + lane * 4u;
-    for (var r = 0u; r < ROWS; r++) {
-#ifdef COLUMN
-        let within = first_row + r;
-        let channel = within % p.padded;
-        let row = (run * (p.run / p.padded) + within / p.padded) * p.channels + channel;
-        let exists = within < p.run && channel < p.channels;
-#else
-        let row = group.x * ROWS + r;
-        let exists = row < p.m;
+    if col >= p.n {
+        return;
+    }
+#ifdef QUADS
+    var added = vec4<f32>();
+    if p.has_bias != 0u {
+        added = bias[(p.bias_start + col) / 4u];
+    }
 #endif
-        if exists {
+    for (var r = 0u; r < ROWS; r++) {
+        let row = group.x * ROWS + r;
+        if row < p.m {
+            let first = c0 + row * p.ldc + col;
+#ifdef QUADS
+            var v = sum[r] + added;
+            if p.has_residual != 0u {
+                v += vec4<f32>(residual[first / 4u]);
+            }
+            c[first / 4u] = CElem(v);
+#else
             for (var j = 0u; j < 4u; j++) {
                 if col + j < p.n {
-                    let at = c0 + row * p.ldc + col + j;
+                    let at = first + j;
                     var v = sum[r][j];
                     if p.has_bias != 0u {
                         v += bias[p.bias_start + col + j];
@@ -193,6 +227,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                     c[at] = CElem(v);
                 }
             }
+#endif
         }
     }
 }

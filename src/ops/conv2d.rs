@@ -1,8 +1,10 @@
 //! 2-D convolution, channels last, as an implicit matrix product.
 
 use super::matmul::{Cooperative, MatmulOptions, matmul, reduce, window};
+use super::permute::permute;
 use super::{
-    conv2d_cooperative, conv2d_phases, conv2d_rows, conv2d_winograd, dispatch_work, is_f16, rows,
+    conv2d_cooperative, conv2d_narrow, conv2d_phases, conv2d_rows, conv2d_winograd, dispatch_work,
+    is_f16, rows,
 };
 use crate::gpu::Kernel;
 use crate::tensor::{DType, Tensor};
@@ -47,6 +49,8 @@ pub enum Variant {
     Cooperative(Cooperative),
     /// A quarter of the multiplications, for 3×3 at stride 1; else the tier's own.
     Winograd,
+    /// One product of all taps, for few output channels at stride 1; else the tier's own.
+    Narrow,
 }
 
 /// What a test may force: the kernel family, and the bytes from which images are cut into bands.
@@ -65,6 +69,8 @@ impl Force {
         let direct = x.gpu().tier().cpu.then_some(Variant::Rows);
         match self.variant {
             Some(Variant::Winograd) if !conv2d_winograd::serves(mode, g) => direct,
+            Some(Variant::Narrow) if !conv2d_narrow::serves(mode, g) => direct,
+            None if conv2d_narrow::pays(mode, g, x) => Some(Variant::Narrow),
             None if conv2d_winograd::pays(mode, g, x) => Some(Variant::Winograd),
             None => direct,
             forced => forced,
@@ -229,6 +235,7 @@ fn pieces(mode: Mode, g: Geometry, x: &Tensor, y: &Tensor, force: &Force) -> Vec
     let temporary = match force.variant(mode, &g, x) {
         Some(Variant::Rows) => conv2d_rows::temporary_bytes(mode, &g),
         Some(Variant::Winograd) => conv2d_winograd::temporary_bytes(mode, &g),
+        Some(Variant::Narrow) => conv2d_narrow::temporary_bytes(&g),
         _ => 0,
     };
     let packed = temporary > rows::pack_limit(x).min(limit);
@@ -398,21 +405,31 @@ pub fn conv2d_grad_weight_with(
         let dw = matmul(&x, &dy.reshape(&[pixels, columns]), &product);
         return dw.reshape(&shape);
     }
-    let dw = Tensor::empty(x.gpu(), DType::F32, &shape);
     let bands = pieces(Mode::Weight, g, x, dy, force);
-    let splits = splits(force.variant(Mode::Weight, &g, x), &bands, rows, columns);
+    let variant = force.variant(Mode::Weight, &g, x);
+    // Channels of dy before those of x where that product fills its tiles better.
+    let swapped = variant == Some(Variant::Rows) && conv2d_rows::WeightProduct::new(&g).swapped;
+    let shape = match swapped {
+        true => [kh, kw, dy.last_dim(), x.last_dim()],
+        false => shape,
+    };
+    let dw = Tensor::empty(x.gpu(), DType::F32, &shape);
+    let splits = splits(variant, &bands, rows, columns);
     if bands.len() == 1 && splits == 1 {
         launch(force, Mode::Weight, &bands[0], [x, dy, &dw], None, 1, 0);
-        return dw;
+    } else {
+        let parts = bands.len() * splits;
+        let sums = Tensor::empty(x.gpu(), DType::F32, &[parts, rows, columns]);
+        for (i, band) in bands.iter().enumerate() {
+            let at = i * splits * rows * columns;
+            launch(force, Mode::Weight, band, [x, dy, &sums], None, splits, at);
+        }
+        reduce(&sums, &dw, parts, &MatmulOptions::default());
     }
-    let parts = bands.len() * splits;
-    let sums = Tensor::empty(x.gpu(), DType::F32, &[parts, rows, columns]);
-    for (i, band) in bands.iter().enumerate() {
-        let at = i * splits * rows * columns;
-        launch(force, Mode::Weight, band, [x, dy, &sums], None, splits, at);
+    match swapped {
+        true => permute(&dw, &[0, 1, 3, 2]),
+        false => dw,
     }
-    reduce(&sums, &dw, parts, &MatmulOptions::default());
-    dw
 }
 
 /// Parts that each band's sum over pixels is cut into, to occupy the device.
@@ -466,6 +483,7 @@ fn launch(
         }
         Some(Variant::Rows) => return conv2d_rows::launch(mode, g, [x, b, y], bias),
         Some(Variant::Winograd) => return conv2d_winograd::launch(mode, g, [x, b, y], bias),
+        Some(Variant::Narrow) => return conv2d_narrow::launch(g, [x, b, y], bias),
         _ => {}
     }
     let ((x, x_start), (b, b_start), (y, y_start)) = match mode {
@@ -551,6 +569,7 @@ pub fn variants() -> Vec<Kernel> {
     let mut kernels = conv2d_rows::variants();
     kernels.extend(conv2d_cooperative::variants());
     kernels.extend(conv2d_winograd::variants());
+    kernels.extend(conv2d_narrow::variants());
     let float = [DType::F32, DType::F16];
     for per in [4, 8] {
         for x in float {

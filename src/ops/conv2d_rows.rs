@@ -4,7 +4,7 @@
 use super::conv2d::{Geometry, Mode};
 use super::dispatch_work;
 use super::matmul::{limit, window};
-use super::rows::{self, RowsParams, Strided};
+use super::rows::{self, Form, RowsParams, Strided};
 use crate::gpu::Kernel;
 use crate::tensor::{DType, Tensor};
 
@@ -41,22 +41,31 @@ fn padded(mode: Mode, g: &Geometry) -> [usize; 3] {
     }
 }
 
-/// Bytes of the largest temporary that [`launch`] makes for this band.
+/// Bytes of the largest temporary that [`launch`] or [`launch_weight`] makes for this band.
 pub(super) fn temporary_bytes(mode: Mode, g: &Geometry) -> usize {
-    let image = g.batch * padded(mode, g).iter().product::<usize>() * 4;
-    let (lines, line) = (g.batch * g.output[0], g.output[1].next_multiple_of(4));
-    match mode {
-        Mode::Weight => image
-            .max(rows::panel_bytes(lines, g.output[1], g.output[2]))
-            .max(4 * lines * line * g.input[2]),
-        _ => image,
+    if mode != Mode::Weight {
+        return g.batch * padded(mode, g).iter().product::<usize>() * 4;
     }
+    let (mode, [lines, across, columns]) = match WeightProduct::new(g).swapped {
+        true => (Mode::Input, g.input),
+        false => (Mode::Weight, g.output),
+    };
+    let [height, width, channels] = padded(mode, g);
+    let views = g.kernel[1] * across.next_multiple_of(4);
+    let image = 4 * g.batch * height * channels * views.max(width);
+    image.max(rows::panel_bytes(g.batch * lines, across, columns))
 }
 
 /// Parts that each band's sum over pixels is cut into for a weight gradient.
 pub(super) fn splits(g: &Geometry) -> usize {
-    let groups = g.input[2].div_ceil(rows::TILE[0]) * g.output[2].div_ceil(rows::TILE[1]);
-    let lines = g.batch * g.output[0];
+    let product = WeightProduct::new(g);
+    let groups = product.rows.div_ceil(rows::TILE[0]) * product.columns.div_ceil(rows::TILE[1]);
+    let lines = g.batch
+        * if product.swapped {
+            g.input[0]
+        } else {
+            g.output[0]
+        };
     rows::splits(groups, lines * g.output[1]).min(lines).max(1)
 }
 
@@ -170,73 +179,127 @@ pub(super) fn launch(mode: Mode, g: &Geometry, [x, w, y]: [&Tensor; 3], bias: Op
         c_start: c_start as u32,
         ..RowsParams::default()
     };
-    let tiles = m.div_ceil(rows::TILE[0]);
-    rows::product(false, [&source, &b, &c], bias, None, &params, tiles, 1);
+    rows::product(Form::Plain, [&source, &b, &c], bias, None, &params, 1);
 }
 
-/// Records one band of the weight gradient: `splits` partial sums into `sums` from element `at`.
-///
-/// A tap's part of the weight is a product over the pixels: the image as that tap sees it, transposed so that a channel's
-/// pixels lie side by side, by dy.
+/// A weight gradient as one product over the pixels that the band's lines have: [taps · channels, pixels] of one image as
+/// each tap sees it, by [pixels, channels] of the other. It is transposed once for each tap of a kernel row, so that a
+/// channel's pixels lie side by side; the taps of a column are lines apart.
+pub(super) struct WeightProduct {
+    /// Rows are those of dy and columns those of x: with few output channels a tile of columns would be mostly empty.
+    pub swapped: bool,
+    pub rows: usize,
+    pub columns: usize,
+}
+
+impl WeightProduct {
+    pub fn new(g: &Geometry) -> WeightProduct {
+        let (ci, co) = (g.input[2], g.output[2]);
+        let [row_tile, column_tile] = rows::TILE;
+        let tiles = |m: usize, n: usize| m.div_ceil(row_tile) * n.div_ceil(column_tile);
+        let taps = g.taps();
+        let swapped = g.stride == 1 && 2 * tiles(taps * co, ci) < tiles(taps * ci, co);
+        let (rows, columns) = if swapped { (co, ci) } else { (ci, co) };
+        WeightProduct {
+            swapped,
+            rows: taps * rows,
+            columns,
+        }
+    }
+}
+
+/// Records one band of the weight gradient: `splits` partial sums of its [`WeightProduct`] into `sums` from element `at`.
 pub(super) fn launch_weight(g: &Geometry, [x, dy, sums]: [&Tensor; 3], splits: usize, at: usize) {
-    let (source, start, [height, width, channels]) = image(Mode::Weight, g, x);
-    let [oh, ow, co] = g.output;
-    let (lines, ci) = (g.batch * oh, g.input[2]);
-    let (dy, dy_start) = window(dy, g.y_start, lines * ow * co);
-    let line = ow.next_multiple_of(4);
-    let b = rows::panels(
-        &dy,
+    let product = WeightProduct::new(g);
+    let (mode, from, other, other_start, [lines, across, columns]) = match product.swapped {
+        true => (Mode::Input, dy, x, g.x_start, g.input),
+        false => (Mode::Weight, x, dy, g.y_start, g.output),
+    };
+    let (source, start, [height, width, padded_channels]) = image(mode, g, from);
+    let [kh, kw] = g.kernel;
+    let channels = product.rows / g.taps();
+    let line = across.next_multiple_of(4);
+    // One row of an image, of one view, in vec4s.
+    let row = channels * line / 4;
+    let seen = rows::padded_rows(
+        &source,
         &Strided {
-            batch: 1,
-            blocks: lines,
-            rows: ow,
-            columns: co,
+            batch: kw,
+            blocks: g.batch * height,
+            rows: channels,
+            columns: across,
             reversed: false,
-            start: dy_start,
-            batch_stride: 0,
-            block_stride: ow * co,
-            row_stride: co,
-            column_stride: 1,
+            start,
+            batch_stride: padded_channels,
+            block_stride: width * padded_channels,
+            row_stride: 1,
+            column_stride: g.stride * padded_channels,
         },
     );
-    for tap in 0..g.taps() {
-        let (i, j) = (tap / g.kernel[1], tap % g.kernel[1]);
-        let seen = rows::padded_rows(
-            &source,
-            &Strided {
-                batch: g.batch,
-                blocks: oh,
-                rows: ci,
-                columns: ow,
-                reversed: false,
-                start: start + (i * width + j) * channels,
-                batch_stride: height * width * channels,
-                block_stride: g.stride * width * channels,
-                row_stride: 1,
-                column_stride: g.stride * channels,
-            },
-        );
-        let params = RowsParams {
-            m: ci as u32,
-            n: co as u32,
-            k: (lines * line) as u32,
-            splits: splits as u32,
-            size_x: ci as u32,
-            size_y: 1,
-            stride_x: (line / 4) as u32,
-            segments: lines as u32,
-            segment: line as u32,
-            segment_stride: (ci * line / 4) as u32,
-            b_row: (rows::TILE[1] / 4) as u32,
-            b_panel: (lines * line * rows::TILE[1] / 4) as u32,
-            ldc: co as u32,
-            c_start: (at + tap * ci * co) as u32,
-            c_batch: (g.taps() * ci * co) as u32,
-            ..RowsParams::default()
-        };
-        let tiles = ci.div_ceil(rows::TILE[0]);
-        rows::product(false, [&seen, &b, sums], None, None, &params, tiles, 1);
-    }
+    let pixels = g.batch * lines * across;
+    let (other, other_start) = window(other, other_start, pixels * columns);
+    let ready = other.dtype() == DType::F32
+        && [columns, other_start, across]
+            .iter()
+            .all(|v| v.is_multiple_of(4));
+    let packs = !ready || product.rows >= rows::PACKED_ROWS && columns > rows::TILE[1];
+    let (b, b_start, b_row, b_panel) = match packs {
+        false => (other, other_start, columns, rows::TILE[1]),
+        true => {
+            let panels = rows::panels(
+                &other,
+                &Strided {
+                    batch: 1,
+                    blocks: g.batch * lines,
+                    rows: across,
+                    columns,
+                    reversed: false,
+                    start: other_start,
+                    batch_stride: 0,
+                    block_stride: across * columns,
+                    row_stride: columns,
+                    column_stride: 1,
+                },
+            );
+            let panel = panels.dim(2) * rows::TILE[1];
+            (panels, 0, rows::TILE[1], panel)
+        }
+    };
+    let (tap_x, tap_y) = ((g.batch * height * row) as u32, row as u32);
+    // dy's pixels, seen from x's, lie the other way: the last tap first.
+    let (a_start, stride_y, stride_image) = match product.swapped {
+        true => (
+            (kw - 1) as u32 * tap_x + (kh - 1) as u32 * tap_y,
+            tap_x.wrapping_neg(),
+            tap_y.wrapping_neg(),
+        ),
+        false => (0, tap_x, tap_y),
+    };
+    let params = RowsParams {
+        m: product.rows as u32,
+        n: columns as u32,
+        k: (g.batch * lines * line) as u32,
+        splits: splits as u32,
+        a_start,
+        size_x: channels as u32,
+        size_y: kw as u32,
+        stride_x: (line / 4) as u32,
+        stride_y,
+        stride_image,
+        segments: (g.batch * lines) as u32,
+        segment: line as u32,
+        segment_stride: (g.stride * row) as u32,
+        run: lines as u32,
+        run_stride: (height * row) as u32,
+        b_start: (b_start / 4) as u32,
+        b_row: (b_row / 4) as u32,
+        b_panel: (b_panel / 4) as u32,
+        ldc: columns as u32,
+        c_start: at as u32,
+        c_batch: (product.rows * columns) as u32,
+        ..RowsParams::default()
+    };
+    rows::product(Form::Plain, [&seen, &b, sums], None, None, &params, 1);
 }
 
 /// All kernels of this file.

@@ -3,7 +3,7 @@
 
 use super::conv2d::{Geometry, Mode};
 use super::matmul::{MatmulOptions, matmul, window};
-use super::rows::{self, RowsParams};
+use super::rows::{self, Form, RowsParams};
 use super::{dispatch_work, linear_groups};
 use crate::gpu::Kernel;
 use crate::tensor::{DType, Tensor};
@@ -233,14 +233,12 @@ fn products(image: &Tensor, weight: &Tensor, columns: usize) -> Tensor {
         c_batch: (tiles * columns) as u32,
         ..RowsParams::default()
     };
-    let row_tiles = tiles.div_ceil(rows::TILE[0]);
     rows::product(
-        false,
+        Form::Plain,
         [image, weight, &sums],
         None,
         None,
         &params,
-        row_tiles,
         POINTS,
     );
     sums

@@ -11,6 +11,7 @@ pub mod cast;
 pub mod concat;
 pub mod conv2d;
 mod conv2d_cooperative;
+mod conv2d_narrow;
 mod conv2d_phases;
 mod conv2d_rows;
 mod conv2d_winograd;

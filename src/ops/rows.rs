@@ -29,11 +29,9 @@ pub(crate) struct RowsParams {
     pub segments: u32,
     pub segment: u32,
     pub segment_stride: u32,
+    /// All segments when 0.
     pub run: u32,
-    pub run_tiles: u32,
     pub run_stride: u32,
-    pub padded: u32,
-    pub channels: u32,
     pub b_start: u32,
     pub b_batch: u32,
     pub b_row: u32,
@@ -46,26 +44,39 @@ pub(crate) struct RowsParams {
     pub has_residual: u32,
 }
 
-/// The kernel in row form, in subgroups of 8 where `broadcast`, or in column form (`a` contiguous along m).
-pub(crate) fn kernel(column: bool, broadcast: bool, c: DType) -> Kernel {
+/// How the operands lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// `a`'s rows are contiguous along k, `b`'s along n.
+    Plain,
+    /// Both are contiguous along k.
+    Along,
+    /// `a` is contiguous along m, `b` along n.
+    Column,
+}
+
+/// The kernel, in subgroups of 8 where `broadcast`; `quads`: lines of `c` are whole vec4s.
+pub(crate) fn kernel(form: Form, broadcast: bool, quads: bool, c: DType) -> Kernel {
     let f16 = c == DType::F16;
     Kernel::new("matmul_rows")
-        .flag("COLUMN", column)
+        .flag("COLUMN", form == Form::Column)
+        .flag("ALONG", form == Form::Along)
         .flag("SUBGROUP", broadcast)
+        .flag("QUADS", quads)
         .flag("F16", f16)
         .flag("C_F16", f16)
 }
 
-/// Records the product of `batch` matrices with `row_tiles` tiles of 16 rows each.
+/// Records the product of `batch` pairs of matrices.
 pub(crate) fn product(
-    column: bool,
+    form: Form,
     [a, b, c]: [&Tensor; 3],
     bias: Option<&Tensor>,
     residual: Option<&Tensor>,
     params: &RowsParams,
-    row_tiles: usize,
     batch: usize,
 ) {
+    let row_tiles = (params.m as usize).div_ceil(TILE[0]);
     let groups = [
         row_tiles as u32,
         (params.n as usize).div_ceil(TILE[1]) as u32,
@@ -73,18 +84,32 @@ pub(crate) fn product(
     ];
     let work = 2 * (row_tiles * TILE[0] * batch) as u64 * u64::from(params.n) * u64::from(params.k);
     let params = RowsParams {
+        run: if params.run == 0 {
+            params.segments.max(1)
+        } else {
+            params.run
+        },
         has_bias: bias.is_some().into(),
         has_residual: residual.is_some().into(),
         ..*params
     };
     // Absent operands are bound to something; the flags keep them unread.
     let tensors = [a, b, c, bias.unwrap_or(a), residual.unwrap_or(a)];
+    let quads = [
+        params.n,
+        params.ldc,
+        params.c_start,
+        params.c_batch,
+        params.bias_start,
+    ]
+    .iter()
+    .all(|v| v.is_multiple_of(4));
     let tier = a.gpu().tier();
-    let broadcast = !column
+    let broadcast = form != Form::Column
         && tier.subgroup
         && tier.subgroup_size == (8, 8)
-        && a.gpu().compiles(&kernel(column, true, c.dtype()));
-    let kernel = kernel(column, broadcast, c.dtype());
+        && a.gpu().compiles(&kernel(form, true, quads, c.dtype()));
+    let kernel = kernel(form, broadcast, quads, c.dtype());
     dispatch_work(&kernel, &tensors, &params, groups, work);
 }
 
@@ -255,8 +280,12 @@ pub(crate) fn pack_limit(t: &Tensor) -> usize {
 pub(crate) fn variants() -> Vec<Kernel> {
     let mut kernels = Vec::new();
     for dtype in [DType::F32, DType::F16] {
-        let forms = [(false, false), (false, true), (true, false)];
-        kernels.extend(forms.map(|(column, broadcast)| kernel(column, broadcast, dtype)));
+        for form in [Form::Plain, Form::Along, Form::Column] {
+            let broadcasts = if form == Form::Column { 1 } else { 2 };
+            for broadcast in [false, true].into_iter().take(broadcasts) {
+                kernels.extend([false, true].map(|quads| kernel(form, broadcast, quads, dtype)));
+            }
+        }
     }
     kernels.extend([DType::F32, DType::F16, DType::Bf16].map(pack_kernel));
     for kind in [Quantization::Q8, Quantization::Q4] {

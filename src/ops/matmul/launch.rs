@@ -3,7 +3,7 @@
 use super::right::{Right, Storage};
 use super::{Ending, Epilogue, Geometry, Operands, Variant, cooperative};
 use crate::gpu::Kernel;
-use crate::ops::rows::{self, RowsParams, Strided};
+use crate::ops::rows::{self, Form, RowsParams, Strided};
 use crate::ops::{dispatch_work, grid};
 use crate::tensor::{DType, Quantization, Tensor};
 
@@ -28,10 +28,10 @@ pub(super) struct Params {
     epilogue: Epilogue,
 }
 
-/// Whether the CPU kernel takes `b` in panels: it reads f32 rows along n in whole vec4s, and packing many costs little.
+/// Whether the CPU kernel takes `b` in panels: it reads f32 lines in whole vec4s, and packing for many rows costs little.
 pub(super) fn packs_b(o: &Operands<'_>, g: &Geometry) -> bool {
     o.choice.variant == Variant::Rows
-        && (o.options.trans_b
+        && (o.options.trans_a && o.options.trans_b
             || o.b.storage() != Storage::Float(DType::F32)
             || ![g.ldb, g.b_start, g.b_batch]
                 .iter()
@@ -80,7 +80,13 @@ fn launch_rows(o: &Operands<'_>, g: &Geometry) {
     }
     let (mut b, mut b_start, mut b_batch) = (o.b.tensor().clone(), g.b_start, g.b_batch);
     let (mut b_row, mut b_panel) = (g.ldb, rows::TILE[1]);
-    if packs_b(o, g) {
+    let packed = packs_b(o, g);
+    let form = match (ta, tb && !packed) {
+        (true, _) => Form::Column,
+        (false, true) => Form::Along,
+        (false, false) => Form::Plain,
+    };
+    if packed {
         let (row_stride, column_stride) = if tb { (1, g.ldb) } else { (g.ldb, 1) };
         let source = Strided {
             rows: g.k,
@@ -102,7 +108,6 @@ fn launch_rows(o: &Operands<'_>, g: &Geometry) {
     }
     // Parts of k are segments; those of row form start at a vec4.
     let segment = padded_k.div_ceil(g.splits).next_multiple_of(4).max(4);
-    let tiles = g.m.div_ceil(rows::TILE[0]);
     let params = RowsParams {
         m: g.m as u32,
         n: g.n as u32,
@@ -110,19 +115,12 @@ fn launch_rows(o: &Operands<'_>, g: &Geometry) {
         splits: g.splits as u32,
         a_start: (a_start / 4) as u32,
         a_batch: (a_batch / 4) as u32,
-        size_x: if ta { 1 } else { g.m as u32 },
-        size_y: g.splits as u32,
+        size_x: g.m as u32,
+        size_y: 1,
         stride_x: (lda / 4) as u32,
-        stride_y: if ta { (segment * lda / 4) as u32 } else { 0 },
-        stride_image: 0,
         segments: g.splits as u32,
         segment: segment as u32,
-        segment_stride: (segment / 4) as u32,
-        run: g.m as u32,
-        run_tiles: tiles as u32,
-        run_stride: 0,
-        padded: g.m as u32,
-        channels: g.m as u32,
+        segment_stride: (segment * if ta { lda } else { 1 } / 4) as u32,
         b_start: (b_start / 4) as u32,
         b_batch: (b_batch / 4) as u32,
         b_row: (b_row / 4) as u32,
@@ -134,7 +132,7 @@ fn launch_rows(o: &Operands<'_>, g: &Geometry) {
         ..RowsParams::default()
     };
     let (bias, residual) = (o.options.bias, o.options.ending.map(Ending::tensor));
-    rows::product(ta, [&a, &b, o.c], bias, residual, &params, tiles, g.batch);
+    rows::product(form, [&a, &b, o.c], bias, residual, &params, g.batch);
 }
 
 #[repr(C)]
@@ -275,7 +273,10 @@ pub(super) fn kernel_of(o: &Operands<'_>, g: &Geometry) -> Kernel {
         }
         Variant::Vector(lanes) => vector(g.m.next_power_of_two(), lanes, a, b, c),
         Variant::Cooperative(shape) => cooperative::kernel_of(shape, o, g),
-        Variant::Rows => rows::kernel(trans[0], false, c),
+        Variant::Rows => {
+            let form = if trans[0] { Form::Column } else { Form::Plain };
+            rows::kernel(form, false, false, c)
+        }
     }
 }
 
