@@ -80,10 +80,9 @@ impl Replayed {
         inputs: &[Var],
         f: impl Fn(&[Var]) -> Vec<Var> + 'static,
     ) -> Vec<Var> {
-        if !self.serves() {
+        let Some(hold) = self.hold() else {
             return f(inputs);
-        }
-        let hold = self.arena.borrow().hold();
+        };
         let f: Function = Rc::new(f);
         let key = Key::new(own, inputs, recording());
         let Some(part) = self.forward(key, inputs, &*f, Some(&f)) else {
@@ -120,11 +119,11 @@ impl Replayed {
         f: impl Fn(&[Var]) -> Vec<Var>,
     ) -> Vec<Var> {
         no_grad(|| {
-            let part = match self.serves() {
-                true => self.forward(Key::new(own, inputs, false), inputs, &f, None),
-                false => None,
+            // Until the results are copied.
+            let Some(_hold) = self.hold() else {
+                return f(inputs);
             };
-            match part {
+            match self.forward(Key::new(own, inputs, false), inputs, &f, None) {
                 Some(part) => {
                     let values = part.outputs.iter().map(Place::copy);
                     values.map(Var::constant).collect()
@@ -134,8 +133,17 @@ impl Replayed {
         })
     }
 
-    fn serves(&self) -> bool {
-        self.gpu.replays() && !self.gpu.planning() && !watching() && !self.arena.borrow().held()
+    /// Holds the arena for a call; `None` where the call is to be computed op by op.
+    fn hold(&self) -> Option<Hold> {
+        let mut arena = self.arena.borrow_mut();
+        if !self.gpu.replays() || self.gpu.planning() || watching() || arena.held() {
+            return None;
+        }
+        if arena.given_up() {
+            self.parts.borrow_mut().clear();
+            *arena = Arena::new(&self.gpu);
+        }
+        Some(arena.hold())
     }
 
     /// Replays the plan of `key` on `inputs`, or makes it, which keeps `kept` alive. `None` after a fault.
@@ -147,10 +155,6 @@ impl Replayed {
         kept: Option<&Function>,
     ) -> Option<Rc<Part>> {
         let mut parts = self.parts.borrow_mut();
-        if self.arena.borrow().given_up() {
-            parts.clear();
-            self.arena.replace(Arena::new(&self.gpu));
-        }
         let part = match parts.iter().position(|(known, _)| *known == key) {
             Some(at) => {
                 parts[at..].rotate_left(1);

@@ -8,9 +8,9 @@ use serde_json::Value;
 use super::mirror::Mirror;
 use super::parallel::ParallelAttention;
 use crate::align::options::Parallel;
-use crate::autograd::{Var, attention, attention_tapped};
+use crate::autograd::{Replayed, Var, attention, attention_tapped};
 use crate::gpu::Gpu;
-use crate::nn::{Linear, Loader};
+use crate::nn::{Linear, Loader, replayed};
 use crate::ops::attention::{AttentionMask, AttentionShape};
 use crate::ops::attention_tap::AttentionTap;
 use crate::ops::concat::concat;
@@ -279,6 +279,53 @@ impl SelfAttention {
         }
         (self.output.forward_onto(&attended, onto), probs)
     }
+}
+
+/// What `f` makes of `inputs`, whose first are embeddings, replayed where the GPU was opened so: hidden states and the
+/// tapped layers' probabilities `[rows, heads, columns]`.
+pub fn replayed_decoder(
+    plans: &Replayed,
+    own: &[usize],
+    mut inputs: Vec<Var>,
+    tap: Option<&AttentionTap>,
+    f: impl Fn(&[Var], Option<&AttentionTap>) -> (Var, Vec<Var>) + 'static,
+) -> (Var, Vec<Var>) {
+    let (count, rows) = (inputs.len(), tap.map(|tap| tap.query_rows.elements()));
+    if let Some(tap) = tap {
+        let tensors = [few(&tap.query_rows), tap.key_columns.clone()];
+        inputs.extend(tensors.map(Var::constant));
+    }
+    let mut outputs = replayed(plans, own, &inputs, move |inputs| {
+        let (inputs, tensors) = inputs.split_at(count);
+        let tap = match tensors {
+            [rows, columns] => Some(AttentionTap {
+                query_rows: rows.value().clone(),
+                key_columns: columns.value().clone(),
+            }),
+            _ => None,
+        };
+        let (hidden, taps) = f(inputs, tap.as_ref());
+        [hidden].into_iter().chain(taps).collect()
+    });
+    let hidden = outputs.remove(0);
+    let own_rows = |probs: Var| match rows {
+        Some(rows) if rows < probs.dim(0) => probs.narrow(0, 0, rows),
+        _ => probs,
+    };
+    (hidden, outputs.into_iter().map(own_rows).collect())
+}
+
+/// A tap's rows, where plans are replayed filled up to a power of two with rows that give nothing: few numbers of rows
+/// have few plans.
+fn few(rows: &Tensor) -> Tensor {
+    let (gpu, count) = (rows.gpu(), rows.elements());
+    if !gpu.replays() {
+        return rows.clone();
+    }
+    let filled = vec![u32::MAX; count.next_power_of_two().max(8)];
+    let filled = Tensor::from_u32(gpu, &filled, &[filled.len()]);
+    filled.narrow(0, count).copy_from(rows);
+    filled
 }
 
 /// [`attention`] with or without a tap.

@@ -6,7 +6,7 @@
 
 use std::rc::Rc;
 
-use super::decoder::{KvCache, Mlp, Positions, SelfAttention};
+use super::decoder::{KvCache, Mlp, Positions, SelfAttention, replayed_decoder};
 pub use super::idefics3_config::Idefics3Config;
 use super::idefics3_processor::Tiles;
 use super::mirror::Mirror;
@@ -15,7 +15,7 @@ use crate::Result;
 use crate::align::options::Parallel;
 use crate::autograd::{Replayed, Var};
 use crate::gpu::Gpu;
-use crate::nn::{Embedding, Linear, Loader, RmsNorm, recomputed, replayed};
+use crate::nn::{Embedding, Linear, Loader, RmsNorm, recomputed};
 use crate::ops::attention::AttentionMask;
 use crate::ops::attention_tap::AttentionTap;
 use crate::tensor::Tensor;
@@ -344,43 +344,15 @@ impl Idefics3 {
                 .decoder
                 .forward(x, positions, caches, tapped, recompute);
         }
-        let (decoder, positions) = (self.decoder.clone(), positions.clone());
         let own: Vec<usize> = [usize::from(recompute)]
             .into_iter()
             .chain(layers.iter().copied())
             .collect();
-        let rows = tap.map(|tap| tap.query_rows.elements());
-        let tensors = tap.map(|tap| [self.few(&tap.query_rows), tap.key_columns.clone()]);
-        let tensors = tensors.into_iter().flatten().map(Var::constant);
-        let inputs: Vec<Var> = [x].into_iter().chain(tensors).collect();
-        let hooked = layers.to_vec();
-        let mut outputs = replayed(&self.plans, &own, &inputs, move |inputs| {
-            let tap = (inputs.len() == 3).then(|| AttentionTap {
-                query_rows: inputs[1].value().clone(),
-                key_columns: inputs[2].value().clone(),
-            });
-            let tapped = (&hooked[..], tap.as_ref());
-            let (x, taps) = decoder.forward(inputs[0].clone(), &positions, None, tapped, recompute);
-            [x].into_iter().chain(taps).collect()
-        });
-        let hidden = outputs.remove(0);
-        let own_rows = |probs: Var| match rows {
-            Some(rows) if rows < probs.dim(0) => probs.narrow(0, 0, rows),
-            _ => probs,
-        };
-        (hidden, outputs.into_iter().map(own_rows).collect())
-    }
-
-    /// A tap's rows, where plans are replayed filled up to a power of two with rows that give nothing: few numbers of
-    /// rows have few plans.
-    fn few(&self, rows: &Tensor) -> Tensor {
-        if !self.gpu.replays() {
-            return rows.clone();
-        }
-        let count = rows.elements();
-        let filled = vec![u32::MAX; count.next_power_of_two().max(8)];
-        let filled = Tensor::from_u32(&self.gpu, &filled, &[filled.len()]);
-        filled.narrow(0, count).copy_from(rows);
-        filled
+        let (decoder, positions, hooked) =
+            (self.decoder.clone(), positions.clone(), layers.to_vec());
+        replayed_decoder(&self.plans, &own, vec![x], tap, move |inputs, tap| {
+            let tapped = (&hooked[..], tap);
+            decoder.forward(inputs[0].clone(), &positions, None, tapped, recompute)
+        })
     }
 }

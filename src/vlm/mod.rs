@@ -9,6 +9,7 @@ pub mod merge;
 pub mod mirror;
 pub mod mllama;
 mod mllama_config;
+mod mllama_decoder;
 pub mod mllama_processor;
 mod mllama_vision;
 pub mod parallel;

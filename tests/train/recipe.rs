@@ -35,12 +35,16 @@ struct Case {
     config: Config,
 }
 
-fn case() -> Case {
-    let fixture = reference("train_smolvlm");
+fn case_of(family: &str) -> Case {
+    let fixture = reference(&format!("train_{family}"));
     let dir = tempfile::tempdir().unwrap();
     store(&fixture, &dir.path().join("targets"));
-    let config = config("smolvlm", &fixture, dir.path());
+    let config = config(family, &fixture, dir.path());
     Case { dir, config }
+}
+
+fn case() -> Case {
+    case_of("smolvlm")
 }
 
 /// A finished run: its steps, its directory, what was said.
@@ -121,45 +125,56 @@ fn recomputed_activations_and_padded_lengths_leave_the_losses() {
     assert!(peak(&checkpointed) < peak(&plain));
 }
 
+/// Trains with `change` once replaying and once not, and expects the same bits.
+fn assert_replays(family: &str, change: impl Fn(&mut Config)) {
+    let case = case_of(family);
+    let change = |c: &mut Config| {
+        (c.train.batch, c.train.accumulate, c.train.bucket) = (2, 2, 64);
+        change(c);
+    };
+    let gpu = opened(None, Replay::On);
+    let replayed = case.run_on(&gpu, "replayed", change);
+    let (ready, all) = (gpu.replayed(), gpu.dispatches());
+    assert!(4 * ready > all, "{ready} of {all} dispatches replayed");
+    let plain = case.run_on(&limited(None), "plain", change);
+    let figures = |done: &Done| -> Vec<[f64; 3]> {
+        let of = |s: &StepMetrics| [s.lm_loss, s.attn_loss, s.grad_norm];
+        done.steps.iter().map(of).collect()
+    };
+    assert_eq!(figures(&replayed), figures(&plain));
+    let lora = |done: &Done| fs::read(done.run.lora().join("adapter_model.safetensors"));
+    assert_eq!(lora(&replayed).unwrap(), lora(&plain).unwrap());
+}
+
 #[test]
 fn replayed_steps_are_the_steps_bit_by_bit() {
-    let case = case();
-    let replaying = || {
-        let options = GpuOptions {
-            replay: Replay::On,
-            ..GpuOptions::default()
-        };
-        Gpu::new(&options).unwrap()
-    };
-    for (name, lambda, checkpointing) in [
-        ("guided", 10.0, false),
-        ("plain", 0.0, false),
-        ("recomputed", 10.0, true),
-    ] {
-        let change = |c: &mut Config| {
-            (c.train.batch, c.train.accumulate) = (2, 2);
-            c.train.bucket = 64;
-            c.loss.lambda = lambda;
-            c.train.checkpoint_activations = checkpointing;
-        };
-        let gpu = replaying();
-        let steps = case.run_on(&gpu, &format!("{name}-replayed"), change);
-        assert!(2 * gpu.replayed() > gpu.dispatches(), "{name}");
-        let plain = case.run_on(&limited(None), name, change);
-        let figures = |done: &Done| -> Vec<[f64; 3]> {
-            let of = |s: &StepMetrics| [s.lm_loss, s.attn_loss, s.grad_norm];
-            done.steps.iter().map(of).collect()
-        };
-        assert_eq!(figures(&steps), figures(&plain), "{name}");
-        let lora = |done: &Done| fs::read(done.run.lora().join("adapter_model.safetensors"));
-        assert_eq!(lora(&steps).unwrap(), lora(&plain).unwrap(), "{name}");
-    }
+    assert_replays("smolvlm", |_| {});
+}
+
+#[test]
+fn replayed_steps_without_guidance_too() {
+    assert_replays("smolvlm", |c| c.loss.lambda = 0.0);
+}
+
+#[test]
+fn replayed_steps_that_recompute_their_activations_too() {
+    assert_replays("smolvlm", |c| c.train.checkpoint_activations = true);
+}
+
+#[test]
+fn replayed_steps_of_a_cross_attention_model_too() {
+    assert_replays("mllama", |_| {});
 }
 
 /// A GPU of its own, that may hold so much.
 fn limited(max_bytes: Option<u64>) -> Gpu {
+    opened(max_bytes, Replay::Off)
+}
+
+fn opened(max_bytes: Option<u64>, replay: Replay) -> Gpu {
     let options = GpuOptions {
         max_bytes,
+        replay,
         ..GpuOptions::default()
     };
     Gpu::new(&options).unwrap()
@@ -167,9 +182,18 @@ fn limited(max_bytes: Option<u64>) -> Gpu {
 
 #[test]
 fn out_of_memory_halves_the_micro_batch_and_the_step_is_the_same() {
+    halves_the_micro_batch(Replay::Off);
+}
+
+#[test]
+fn out_of_memory_where_steps_are_replayed_halves_the_micro_batch_too() {
+    halves_the_micro_batch(Replay::On);
+}
+
+fn halves_the_micro_batch(replay: Replay) {
     let case = case();
     let held = |name: &str, batch: usize| {
-        let done = case.run_on(&limited(None), name, |c| {
+        let done = case.run_on(&opened(None, replay), name, |c| {
             (c.train.batch, c.train.accumulate) = (batch, 4 / batch);
         });
         let peak = done.steps.iter().map(|s| s.peak_bytes).max().unwrap();
@@ -178,7 +202,7 @@ fn out_of_memory_halves_the_micro_batch_and_the_step_is_the_same() {
     let (four, whole) = held("whole", 4);
     let (two, _) = held("pairs", 2);
     assert!(two < four);
-    let small = limited(Some((two + four) / 2));
+    let small = opened(Some((two + four) / 2), replay);
     let done = case.run_on(&small, "small", |c| c.train.batch = 4);
     let note = done.notes.first().expect("a note");
     for part in [
