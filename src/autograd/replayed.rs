@@ -133,6 +133,12 @@ impl Replayed {
         })
     }
 
+    /// Drops all plans; their memory is there for other things at once.
+    pub fn forget(&self) {
+        self.parts.borrow_mut().clear();
+        self.arena.replace(Arena::new(&self.gpu));
+    }
+
     /// Holds the arena for a call; `None` where the call is to be computed op by op.
     fn hold(&self) -> Option<Hold> {
         let mut arena = self.arena.borrow_mut();

@@ -184,6 +184,8 @@ impl StableDiffusion {
     /// Latents (mean × scaling factor) f32 `[batch, height, width, channels]` of images f32 in −1…1
     /// `[batch, side, side, 3]`.
     pub fn encode_images(&self, images: &Tensor) -> Tensor {
+        // The VAE takes the most memory of all: the U-Net's plans begin anew behind it.
+        self.unet.forget_plans();
         no_grad(|| {
             let mean = self.vae.encode(&self.activation(images)).mean;
             let mean = cast(mean.value(), DType::F32);

@@ -244,6 +244,7 @@ impl StableDiffusion {
     /// # Errors
     /// What the GPU reports.
     pub fn decode_latents(&self, latents: &Tensor) -> Result<Vec<RgbImage>> {
+        self.unet.forget_plans();
         let unscaled = unary(
             latents,
             Unary::Affine(1.0 / self.vae.config().scaling_factor, 0.0),

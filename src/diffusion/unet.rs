@@ -297,6 +297,11 @@ impl Unet {
         noise
     }
 
+    /// Drops what [`Unet::predict`] keeps between passes.
+    pub fn forget_plans(&self) {
+        self.plans.forget();
+    }
+
     /// The noise in `x`, given the timesteps' embedding.
     fn run(&self, x: &Var, embedding: &Var, text: &Var, mut pass: Pass) -> Var {
         let time = self

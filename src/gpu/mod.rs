@@ -10,6 +10,7 @@ mod shader;
 mod stream;
 mod tuning;
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 pub use adapter::{AdapterSummary, MatrixUnit, Scalar, Tier, list_adapters};
@@ -59,7 +60,7 @@ pub(crate) struct Inner {
     pub tuner: tuning::Tuner,
     pub stream: Mutex<stream::Stream>,
     /// Whether models replay plans.
-    pub replays: bool,
+    pub replays: AtomicBool,
     /// The plan in the making.
     pub recorder: Mutex<Option<plan::Recorder>>,
     pub arenas: Mutex<Vec<plan::WeakArena>>,
@@ -132,11 +133,11 @@ impl Gpu {
             shaders: shader::Shaders::new(&device, &tier, options.checked, cache_dir.as_deref()),
             tuner: tuning::Tuner::new(options.tuning, cache_dir, &tier),
             stream: Mutex::new(stream::Stream::new(&tier)),
-            replays: match options.replay {
+            replays: AtomicBool::new(match options.replay {
                 Replay::Off => false,
                 Replay::On => true,
                 Replay::ByAdapter => !tier.cpu,
-            },
+            }),
             recorder: Mutex::default(),
             arenas: Mutex::default(),
             profiler: Mutex::new(profile::Profiler::new(options.profile && tier.timestamps)),

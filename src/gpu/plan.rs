@@ -3,6 +3,7 @@
 //! What a plan computes on the way lives in its arena, whose buffers the pool hands to nobody else. Plans that never
 //! run at the same time share an arena, and with it their memory.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::ThreadId;
 
@@ -161,7 +162,12 @@ pub(crate) struct Recorder {
 impl Gpu {
     /// Whether models replay what they have computed once.
     pub fn replays(&self) -> bool {
-        self.inner().replays
+        self.inner().replays.load(Ordering::Relaxed)
+    }
+
+    /// Computes op by op from now on; the memory of plans is there for other things when it is needed.
+    pub fn stop_replaying(&self) {
+        self.inner().replays.store(false, Ordering::Relaxed);
     }
 
     /// Whether this thread is making a plan.

@@ -302,6 +302,13 @@ impl Training {
                 Err(Error::OutOfMemory { .. }) if self.state.micro > 1 => {
                     self.halve(gpu, observer);
                 }
+                Err(Error::OutOfMemory { .. }) if gpu.replays() => {
+                    gpu.stop_replaying();
+                    observer.note(&format!(
+                        "step {}: out of GPU memory; going on without replaying steps, which takes less",
+                        self.step
+                    ));
+                }
                 other => break other?,
             }
         };

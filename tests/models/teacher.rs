@@ -214,11 +214,13 @@ fn noise_is_added_and_predicted_as_diffusers_does() {
 
 #[test]
 fn replayed_passes_are_the_passes_bit_by_bit() {
-    let options = GpuOptions {
-        replay: Replay::On,
-        ..GpuOptions::default()
-    };
-    let own = Gpu::new(&options).unwrap();
+    let [own, plain] = [Replay::On, Replay::Off].map(|replay| {
+        let options = GpuOptions {
+            replay,
+            ..GpuOptions::default()
+        };
+        Gpu::new(&options).unwrap()
+    });
     let dir = reference(&format!("teacher/{}", CHECKPOINTS[0]));
     let predictions = |gpu: &Gpu| {
         let model = StableDiffusion::load(gpu, &dir, &TeacherOptions::default()).unwrap();
@@ -229,7 +231,7 @@ fn replayed_passes_are_the_passes_bit_by_bit() {
             Tensor::from_f32(gpu, &values, &[1, side, side, 4])
         };
         let mut capture = Capture::new(MapLayers::HalfAndQuarter, side);
-        let mut predicted = Vec::new();
+        let (held, mut predicted) = (gpu.memory().current_bytes, Vec::new());
         for (seed, timestep) in [(1, 10), (2, 300), (3, 700)] {
             let x = latents(seed);
             for capture in [Some(&mut capture), None] {
@@ -238,10 +240,16 @@ fn replayed_passes_are_the_passes_bit_by_bit() {
             }
         }
         predicted.push(capture.aggregate().unwrap().to_f32().unwrap());
-        predicted
+        let kept = gpu.memory().current_bytes;
+        drop(capture);
+        // Nothing of the plans is in the VAE's way.
+        model.decode_latents(&latents(4)).unwrap();
+        (predicted, kept, gpu.memory().current_bytes == held)
     };
-    assert_eq!(predictions(&own), predictions(gpu()));
+    let (replayed, kept, released) = predictions(&own);
+    assert!(released && kept > own.memory().current_bytes);
     assert!(3 * own.replayed() > own.dispatches());
+    assert_eq!(replayed, predictions(&plain).0);
 }
 
 #[test]

@@ -190,6 +190,30 @@ fn out_of_memory_where_steps_are_replayed_halves_the_micro_batch_too() {
     halves_the_micro_batch(Replay::On);
 }
 
+#[test]
+fn out_of_memory_with_single_samples_ends_the_replaying() {
+    let case = case();
+    let single = |name: &str, gpu: &Gpu| {
+        case.run_on(gpu, name, |c| {
+            (c.train.batch, c.train.accumulate, c.train.bucket) = (1, 1, 64);
+            c.train.mode = Mode::Full;
+        })
+    };
+    let peak = |done: &Done| done.steps.iter().map(|s| s.peak_bytes).max().unwrap();
+    let plain = single("plain", &limited(None));
+    let replayed = single("replayed", &opened(None, Replay::On));
+    assert!(peak(&plain) < peak(&replayed));
+    let most = Some((peak(&plain) + peak(&replayed)) / 2);
+    let done = single("small", &opened(most, Replay::On));
+    assert!(
+        done.notes[0].contains("without replaying"),
+        "{:?}",
+        done.notes
+    );
+    let losses = |done: &Done| -> Vec<f64> { done.steps.iter().map(|s| s.lm_loss).collect() };
+    assert_eq!(losses(&done), losses(&plain));
+}
+
 fn halves_the_micro_batch(replay: Replay) {
     let case = case();
     let held = |name: &str, batch: usize| {

@@ -137,8 +137,9 @@ pub fn compare_weights(actual: &Path, expected: &Path, stem: &str, tolerance: f3
     }
 }
 
-/// Losses, gradient norms and final LoRA weights to 1e-4 relative. In the aligner Adam lifts the
-/// rounding of gradients that are nearly zero: PyTorch's own f32 and f64 runs differ by 1.1e-4 there.
+/// Losses and final LoRA weights to 1e-4 relative. In the aligner Adam lifts the rounding of gradients that are nearly
+/// zero: PyTorch's own f32 and f64 runs differ by 1.1e-4 there, and in the gradient norm by the fixture's `spread`, so that
+/// another order of sums may differ from either by some times as much.
 fn against_pytorch(family: &str) {
     let fixture: PathBuf = reference(&format!("train_{family}"));
     let dir = tempfile::tempdir().unwrap();
@@ -147,6 +148,8 @@ fn against_pytorch(family: &str) {
     let steps = metrics::read(run.metrics()).unwrap();
     let expected = losses(&fixture);
     assert_eq!(steps.len(), 10);
+    let spread = expected["spread"]["grad_norm"].as_f64().unwrap();
+    let of_norm = (3.0 * spread).max(1e-4);
     for (actual, expected) in steps.iter().zip(expected["steps"].as_array().unwrap()) {
         let close = |what: &str, value: f64| {
             let wanted = expected[what].as_f64().unwrap();
@@ -167,7 +170,7 @@ fn against_pytorch(family: &str) {
         let wanted = expected["grad_norm"].as_f64().unwrap();
         let error = (actual.grad_norm - wanted).abs() / wanted;
         assert!(
-            error < 1e-4,
+            error < of_norm,
             "step {} grad_norm: {} and {wanted}",
             actual.step,
             actual.grad_norm
