@@ -56,6 +56,9 @@ pub(super) fn temporary_bytes(mode: Mode, g: &Geometry) -> usize {
     image.max(rows::panel_bytes(g.batch * lines, across, columns))
 }
 
+/// Pixels that a weight gradient adds up in one sum: a chain of many thousand rounds more than the sum of its parts.
+const LONGEST_SUM: usize = 1024;
+
 /// Parts that each band's sum over pixels is cut into for a weight gradient.
 pub(super) fn splits(g: &Geometry) -> usize {
     let product = WeightProduct::new(g);
@@ -66,7 +69,11 @@ pub(super) fn splits(g: &Geometry) -> usize {
         } else {
             g.output[0]
         };
-    rows::splits(groups, lines * g.output[1]).min(lines).max(1)
+    let pixels = lines * g.output[1];
+    rows::splits(groups, pixels)
+        .max(pixels.div_ceil(LONGEST_SUM))
+        .min(lines)
+        .max(1)
 }
 
 /// An image ready for vec4 reads: its tensor, first element, and [rows, columns, channels].

@@ -137,10 +137,18 @@ pub fn compare_weights(actual: &Path, expected: &Path, stem: &str, tolerance: f3
     }
 }
 
-/// Losses and final LoRA weights to 1e-4 relative. In the aligner Adam lifts the rounding of gradients that are nearly
-/// zero: PyTorch's own f32 and f64 runs differ by 1.1e-4 there, and in the gradient norm by the fixture's `spread`, so that
-/// another order of sums may differ from either by some times as much.
-fn against_pytorch(family: &str) {
+/// Largest relative distances from PyTorch's run of ten steps, each by what PyTorch's own rounding does to it.
+struct Tolerance {
+    /// Gradient norms after the first step, which is held to 1e-5.
+    norm: f64,
+    lora: f32,
+    /// In the aligner Adam lifts the rounding of gradients that are nearly zero: PyTorch's own f32 and f64 runs differ by
+    /// 1.1e-4 there.
+    aligner: f32,
+}
+
+/// Losses to 1e-4 relative, the rest to `tolerance`.
+fn against_pytorch(family: &str, tolerance: &Tolerance) {
     let fixture: PathBuf = reference(&format!("train_{family}"));
     let dir = tempfile::tempdir().unwrap();
     store(&fixture, &dir.path().join("targets"));
@@ -148,8 +156,6 @@ fn against_pytorch(family: &str) {
     let steps = metrics::read(run.metrics()).unwrap();
     let expected = losses(&fixture);
     assert_eq!(steps.len(), 10);
-    let spread = expected["spread"]["grad_norm"].as_f64().unwrap();
-    let of_norm = (3.0 * spread).max(1e-4);
     for (actual, expected) in steps.iter().zip(expected["steps"].as_array().unwrap()) {
         let close = |what: &str, value: f64| {
             let wanted = expected[what].as_f64().unwrap();
@@ -169,30 +175,45 @@ fn against_pytorch(family: &str) {
         );
         let wanted = expected["grad_norm"].as_f64().unwrap();
         let error = (actual.grad_norm - wanted).abs() / wanted;
+        let allowed = if actual.step == 0 {
+            1e-5
+        } else {
+            tolerance.norm
+        };
         assert!(
-            error < of_norm,
+            error < allowed,
             "step {} grad_norm: {} and {wanted}",
             actual.step,
             actual.grad_norm
         );
     }
-    compare_weights(&run.lora(), &fixture.join("final"), "adapter_model", 1e-4);
-    compare_weights(
-        &run.aligner(),
-        &fixture.join("final/aligner.safetensors"),
-        "aligner",
-        3e-4,
-    );
+    let lora = fixture.join("final");
+    compare_weights(&run.lora(), &lora, "adapter_model", tolerance.lora);
+    let aligner = fixture.join("final/aligner.safetensors");
+    compare_weights(&run.aligner(), &aligner, "aligner", tolerance.aligner);
 }
 
 #[test]
 fn smolvlm_trains_as_pytorch_does() {
-    against_pytorch("smolvlm");
+    // The run comes close to the kinks of ReLU6: of PyTorch's own f32 runs, that with one thread differs from the one in
+    // f64 by 1.0e-4 in the norms, that with two by 2.0e-3, by 1.5e-4 in LoRA and by 4.7e-4 in the aligner.
+    let tolerance = Tolerance {
+        norm: 2.5e-3,
+        lora: 3e-4,
+        aligner: 1e-3,
+    };
+    against_pytorch("smolvlm", &tolerance);
 }
 
 #[test]
 fn mllama_trains_as_pytorch_does() {
-    against_pytorch("mllama");
+    // This run's seeds are chosen to stay clear of them.
+    let tolerance = Tolerance {
+        norm: 1e-4,
+        lora: 1e-4,
+        aligner: 3e-4,
+    };
+    against_pytorch("mllama", &tolerance);
 }
 
 /// Bytes of the weights that a run leaves, with its losses.
