@@ -60,6 +60,9 @@ impl MapLayers {
     }
 }
 
+/// A captured layer's name and the side of its maps.
+pub(super) type Layer = (String, usize);
+
 /// A layer's maps, summed over steps.
 struct LayerSum {
     name: String,
@@ -109,8 +112,8 @@ impl Capture {
         vec![self.layers as usize, self.latent_side]
     }
 
-    /// What it has collected: each layer's name and side, and its sum.
-    pub(super) fn into_layers(self) -> Vec<((String, usize), Tensor)> {
+    /// What it has collected: each layer's sum.
+    pub(super) fn into_layers(self) -> Vec<(Layer, Tensor)> {
         let layer = |l: LayerSum| ((l.name, l.side), l.sum);
         self.sums.into_iter().map(layer).collect()
     }

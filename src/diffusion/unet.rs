@@ -8,7 +8,7 @@ use std::path::Path;
 use std::rc::Rc;
 
 use super::config::ConfigFile;
-use super::maps::Capture;
+use super::maps::{Capture, Layer};
 use super::resnet::{ResnetBlock, Upsample, conv3x3, downsample};
 use super::transformer::{Transformer2d, TransformerShape};
 use crate::Result;
@@ -189,7 +189,7 @@ pub struct Unet {
     conv_out: Conv2d,
     plans: Replayed,
     /// The layers that each kind of capture reads, in their order, by its key.
-    captured: RefCell<HashMap<Vec<usize>, Vec<(String, usize)>>>,
+    captured: RefCell<HashMap<Vec<usize>, Vec<Layer>>>,
 }
 
 impl Unet {
