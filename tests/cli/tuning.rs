@@ -31,6 +31,17 @@ fn a_run_that_measures_kernels_and_the_next_give_the_same_bits() {
 }
 
 #[test]
+fn kernels_measured_while_a_plan_is_made_are_no_part_of_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let both = ["--tuning", "first-use", "--replay", "on"];
+    let (first, told) = paint(dir.path(), &both);
+    assert!(told.contains("were measured"), "{told}");
+    let (second, _) = paint(dir.path(), &both);
+    let (plain, _) = paint(dir.path(), &["--tuning", "first-use", "--replay", "off"]);
+    assert!(first == second && first == plain, "another picture");
+}
+
+#[test]
 fn measuring_is_silent_under_quiet() {
     let dir = tempfile::tempdir().unwrap();
     let (_, told) = paint(dir.path(), &["--tuning", "first-use", "--quiet"]);
