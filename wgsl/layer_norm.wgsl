@@ -4,8 +4,9 @@
 //    the workgroup's rows, [workgroups, 2, width]; without HELD each row's mean and rstd.
 // 2: Σ dy x̂ and Σ dy over a chunk of rows from those; a thread a column: [chunks, 2, width].
 // 3: sums of [chunks, columns] over the chunks.
-// In 0 and 1 a workgroup takes a row, with SUMS `chunk` of them. With HELD a thread keeps its HELD vectors of a row in
-// registers, else it reads them again; WHOLE rows are HELD · WG wide.
+// In 0 and 1 a workgroup takes a row, with SEVERAL `chunk` of them: for SUMS, or in 0 for KEPT, which keeps weight and bias
+// in registers, as CPU drivers pay as much to load them as to load the row. With HELD a thread keeps its HELD vectors of a
+// row in registers, else it reads them again; WHOLE rows are HELD · WG wide.
 #import index::{group_index, share, thread_index}
 #if STAGE < 2
 #import row_reduce::row_sum
@@ -80,6 +81,10 @@ var<private> held_x: array<V, #{HELD}>;
 #if STAGE == 1
 var<private> held_g: array<V, #{HELD}>;
 #endif
+#endif
+#ifdef KEPT
+var<private> kept_weight: array<V, #{HELD}>;
+var<private> kept_bias: array<V, #{HELD}>;
 #endif
 #ifdef SUMS
 var<private> sum_along: array<V, #{HELD}>;
@@ -202,11 +207,15 @@ fn finish(index: u32, local: u32) {
             let normed = (x_at(base + i, k) - row.mean) * row.rstd;
 #if STAGE == 0
             var result = normed;
+#ifdef KEPT
+            result = result * kept_weight[k] + kept_bias[k];
+#else
 #ifdef WEIGHT
             result *= weight[i];
 #endif
 #ifdef BIAS
             result += bias[i];
+#endif
 #endif
             y[base + i] = Stored(result);
 #else
@@ -239,18 +248,33 @@ fn main(
     @builtin(local_invocation_index) local: u32,
 ) {
     let index = group_index(group, groups);
-#ifdef SUMS
-    for (var k = 0u; k < #{HELD}u; k++) {
-        sum_along[k] = V(0.0);
-        sum_dy[k] = V(0.0);
-    }
+#ifdef SEVERAL
     let own = share(index, p.chunk, p.rows);
     if own.x >= own.y {
         return;
     }
+    for (var k = 0u; k < #{HELD}u; k++) {
+#ifdef SUMS
+        sum_along[k] = V(0.0);
+        sum_dy[k] = V(0.0);
+#else
+        let i = k * #{WG}u + local;
+        kept_weight[k] = V(1.0);
+        kept_bias[k] = V(0.0);
+        if inside(i) {
+#ifdef WEIGHT
+            kept_weight[k] = weight[i];
+#endif
+#ifdef BIAS
+            kept_bias[k] = bias[i];
+#endif
+        }
+#endif
+    }
     for (var row = own.x; row < own.y; row++) {
         finish(row, local);
     }
+#ifdef SUMS
     for (var k = 0u; k < #{HELD}u; k++) {
         let i = k * #{WG}u + local;
         if inside(i) {
@@ -258,6 +282,7 @@ fn main(
             partial_sums[(index * 2u + 1u) * p.width + i] = sum_dy[k];
         }
     }
+#endif
 #else
     if index < p.rows {
         finish(index, local);

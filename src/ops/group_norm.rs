@@ -10,6 +10,9 @@ use crate::tensor::{DType, Tensor};
 /// Chunks of pixels that are summed one by one, at the most.
 const CHUNKS: usize = 256;
 
+/// Pixels that a thread walks on CPU drivers, which pay for each workgroup.
+const CPU_WALK: usize = 256;
+
 /// A group norm: (x − mean)/√(variance + eps)·weight + bias, mean and biased variance over the pixels and the channels of a
 /// group (Wu & He 2018; as many groups as channels make an instance norm).
 #[derive(Clone, Copy, Debug, Default)]
@@ -82,7 +85,7 @@ impl<'a> Plan<'a> {
         }
         let batch = x.dim(0);
         let pixels = x.elements() / (batch * channels).max(1);
-        let least = if x.gpu().tier().cpu { 64 } else { 16 };
+        let least = if x.gpu().tier().cpu { CPU_WALK } else { 16 };
         let chunk = least.max(pixels.div_ceil(CHUNKS));
         Plan {
             x,
@@ -179,7 +182,11 @@ impl<'a> Plan<'a> {
 
     /// Pixels that a thread of the stages over all elements walks.
     fn step(&self) -> u32 {
-        if self.x.gpu().tier().cpu { 64 } else { 4 }
+        if self.x.gpu().tier().cpu {
+            CPU_WALK as u32
+        } else {
+            4
+        }
     }
 }
 

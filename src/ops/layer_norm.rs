@@ -78,17 +78,21 @@ impl RowNorm {
     pub fn forward(&self, x: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>) -> Tensor {
         let y = Tensor::empty(x.gpu(), x.dtype(), x.shape());
         let rows = x.elements() / x.last_dim().max(1);
-        let params = self.params(x, weight, bias);
+        let held = held(units(x.last_dim()), self.threads).is_some();
+        let kept = self.threads == 8 && held && (weight.is_some() || bias.is_some());
+        let chunk = if kept { chunk_of(rows) } else { 1 };
+        let params = Params {
+            chunk: chunk as u32,
+            ..self.params(x, weight, bias)
+        };
         // A missing weight or bias binds x in its place and is never read.
         let (w, b) = (weight.unwrap_or(x), bias.unwrap_or(x));
+        let kernel = self.row_kernel(0, x);
         dispatch(
-            &self
-                .row_kernel(0, x)
-                .flag("WEIGHT", weight.is_some())
-                .flag("BIAS", bias.is_some()),
+            &affine(kernel, [weight.is_some(), bias.is_some()], kept),
             &[x, w, b, &y],
             &params,
-            grid(rows),
+            grid(rows.div_ceil(chunk)),
         );
         y
     }
@@ -112,7 +116,7 @@ impl RowNorm {
         let rows = x.elements() / columns.max(1);
         let held = held(units(columns), self.threads).is_some();
         let chunk = match sums && held {
-            true if self.threads == 8 => rows.div_ceil(64).clamp(1, 32),
+            true if self.threads == 8 => chunk_of(rows),
             true => rows.div_ceil(256),
             false => 1,
         };
@@ -132,7 +136,8 @@ impl RowNorm {
             .row_kernel(1, x)
             .flag("WEIGHT", weight.is_some())
             .flag("ONTO", onto.is_some())
-            .flag("SUMS", sums && held);
+            .flag("SUMS", sums && held)
+            .flag("SEVERAL", sums && held);
         let mut tensors = vec![x, weight.unwrap_or(x), dy, onto.unwrap_or(x), &dx];
         tensors.extend(extra.as_ref());
         dispatch(&kernel, &tensors, &params, grid(groups));
@@ -163,6 +168,20 @@ impl RowNorm {
         );
         partial
     }
+}
+
+/// A forward kernel with weight and bias, `kept` in registers for several rows.
+fn affine(kernel: Kernel, [weight, bias]: [bool; 2], kept: bool) -> Kernel {
+    kernel
+        .flag("WEIGHT", weight)
+        .flag("BIAS", bias)
+        .flag("KEPT", kept)
+        .flag("SEVERAL", kept)
+}
+
+/// Rows of a workgroup that keeps something over them on a CPU driver.
+fn chunk_of(rows: usize) -> usize {
+    rows.div_ceil(64).clamp(1, 32)
 }
 
 fn vec4(columns: usize) -> bool {
@@ -259,11 +278,12 @@ pub fn variants() -> Vec<Kernel> {
             (false, true, 1000, 8),
         ] {
             let row = |stage| row_variant(kernel(stage, rms, f16, vec4), subgroup, width, threads);
-            let affine = row(0).flag("WEIGHT", true).flag("BIAS", true);
-            all.extend([row(0), affine, row(1), row(1).flag("WEIGHT", true)]);
+            all.extend([row(0), row(1), row(1).flag("WEIGHT", true)]);
+            all.push(affine(row(0), [true; 2], false));
             if held(width, threads).is_some() {
+                all.push(affine(row(0), [true; 2], true));
                 let all_of_it = row(1).flag("WEIGHT", true).flag("ONTO", true);
-                all.push(all_of_it.flag("SUMS", true));
+                all.push(all_of_it.flag("SUMS", true).flag("SEVERAL", true));
             }
             all.push(kernel(2, rms, f16, vec4));
         }
