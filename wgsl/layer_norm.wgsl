@@ -4,8 +4,8 @@
 //    the workgroup's rows, [workgroups, 2, width]; without HELD each row's mean and rstd.
 // 2: Σ dy x̂ and Σ dy over a chunk of rows from those; a thread a column: [chunks, 2, width].
 // 3: sums of [chunks, columns] over the chunks.
-// In 0 and 1 a workgroup takes a row, with SEVERAL `chunk` of them: for SUMS, or in 0 for KEPT, which keeps weight and bias
-// in registers, as CPU drivers pay as much to load them as to load the row. With HELD a thread keeps its HELD vectors of a
+// In 0 and 1 a workgroup takes a row, with SEVERAL `chunk` of them: for SUMS, or for KEPT, which keeps weight and bias in
+// registers, as CPU drivers pay as much to load them as to load the row. With HELD a thread keeps its HELD vectors of a
 // row in registers, else it reads them again; WHOLE rows are HELD · WG wide.
 #import index::{group_index, share, thread_index}
 #if STAGE < 2
@@ -118,11 +118,15 @@ fn x_at(at: u32, k: u32) -> V {
 
 #if STAGE == 1
 // dy w, read.
-fn slope(at: u32, i: u32) -> V {
+fn slope(at: u32, i: u32, k: u32) -> V {
+#ifdef KEPT
+    return V(dy[at]) * kept_weight[k];
+#else
 #ifdef WEIGHT
     return V(dy[at]) * weight[i];
 #else
     return V(dy[at]);
+#endif
 #endif
 }
 
@@ -130,7 +134,7 @@ fn g_at(at: u32, i: u32, k: u32) -> V {
 #ifdef HELD
     return held_g[k];
 #else
-    return slope(at, i);
+    return slope(at, i, k);
 #endif
 }
 #endif
@@ -162,7 +166,7 @@ fn row_of(base: u32, local: u32) -> Row {
             sum += v;
 #endif
 #if STAGE == 1
-            let g = slope(base + i, i);
+            let g = slope(base + i, i, k);
 #ifdef HELD
             held_g[k] = g;
 #endif
@@ -257,7 +261,8 @@ fn main(
 #ifdef SUMS
         sum_along[k] = V(0.0);
         sum_dy[k] = V(0.0);
-#else
+#endif
+#ifdef KEPT
         let i = k * #{WG}u + local;
         kept_weight[k] = V(1.0);
         kept_bias[k] = V(0.0);

@@ -89,7 +89,7 @@ impl RowNorm {
         let (w, b) = (weight.unwrap_or(x), bias.unwrap_or(x));
         let kernel = self.row_kernel(0, x);
         dispatch(
-            &affine(kernel, [weight.is_some(), bias.is_some()], kept),
+            &affine(kernel, [weight.is_some(), bias.is_some()], kept).flag("SEVERAL", kept),
             &[x, w, b, &y],
             &params,
             grid(rows.div_ceil(chunk)),
@@ -115,7 +115,9 @@ impl RowNorm {
         let (gpu, columns) = (x.gpu(), x.last_dim());
         let rows = x.elements() / columns.max(1);
         let held = held(units(columns), self.threads).is_some();
-        let chunk = match sums && held {
+        let kept = held && weight.is_some() && self.threads == 8;
+        let several = kept || sums && held;
+        let chunk = match several {
             true if self.threads == 8 => chunk_of(rows),
             true => rows.div_ceil(256),
             false => 1,
@@ -132,12 +134,10 @@ impl RowNorm {
             chunk: chunk as u32,
             ..self.params(x, weight, None)
         };
-        let kernel = self
-            .row_kernel(1, x)
-            .flag("WEIGHT", weight.is_some())
+        let kernel = affine(self.row_kernel(1, x), [weight.is_some(), false], kept)
             .flag("ONTO", onto.is_some())
             .flag("SUMS", sums && held)
-            .flag("SEVERAL", sums && held);
+            .flag("SEVERAL", several);
         let mut tensors = vec![x, weight.unwrap_or(x), dy, onto.unwrap_or(x), &dx];
         tensors.extend(extra.as_ref());
         dispatch(&kernel, &tensors, &params, grid(groups));
@@ -170,13 +170,12 @@ impl RowNorm {
     }
 }
 
-/// A forward kernel with weight and bias, `kept` in registers for several rows.
+/// A kernel with weight and bias, `kept` in registers over a workgroup's rows.
 fn affine(kernel: Kernel, [weight, bias]: [bool; 2], kept: bool) -> Kernel {
     kernel
         .flag("WEIGHT", weight)
         .flag("BIAS", bias)
         .flag("KEPT", kept)
-        .flag("SEVERAL", kept)
 }
 
 /// Rows of a workgroup that keeps something over them on a CPU driver.
@@ -278,11 +277,16 @@ pub fn variants() -> Vec<Kernel> {
             (false, true, 1000, 8),
         ] {
             let row = |stage| row_variant(kernel(stage, rms, f16, vec4), subgroup, width, threads);
-            all.extend([row(0), row(1), row(1).flag("WEIGHT", true)]);
-            all.push(affine(row(0), [true; 2], false));
-            if held(width, threads).is_some() {
-                all.push(affine(row(0), [true; 2], true));
-                let all_of_it = row(1).flag("WEIGHT", true).flag("ONTO", true);
+            let is_held = held(width, threads).is_some();
+            for stage in [0, 1] {
+                all.extend([row(stage), affine(row(stage), [true, stage == 0], false)]);
+                if is_held {
+                    let kept = affine(row(stage), [true, stage == 0], true);
+                    all.push(kept.flag("SEVERAL", true));
+                }
+            }
+            if is_held {
+                let all_of_it = affine(row(1), [true, false], threads == 8).flag("ONTO", true);
                 all.push(all_of_it.flag("SUMS", true).flag("SEVERAL", true));
             }
             all.push(kernel(2, rms, f16, vec4));

@@ -62,7 +62,7 @@ fn forward_matches_f64() {
 fn gradients_match_finite_differences() {
     let mut rng = rng(4);
     for dtype in float_types() {
-        for (rows, columns) in [(3, 7), (67, 4), (2, 33), (1, 36), (2, 205)] {
+        for (rows, columns) in [(3, 7), (67, 4), (2, 33), (65, 36), (2, 205)] {
             let n = rows * columns;
             let (x, x64) = upload(&uniform(&mut rng, n), dtype, &[rows, columns]);
             let (w, w64) = upload(&uniform(&mut rng, columns), DType::F32, &[columns]);
