@@ -105,6 +105,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #ifdef B_STAYS
     let v = load_b(ib);
 #endif
+    // Added, as CPU drivers multiply integers slowly.
+    var to = at.y * width + at.x;
     for (var row = at.y; row < end; row++) {
 #ifndef A_STAYS
         let u = load_a(ia);
@@ -114,7 +116,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let v = load_b(ib);
         ib += p.b1;
 #endif
-        y[row * width + at.x] = ElemA(apply(u, v));
+        y[to] = ElemA(apply(u, v));
+        to += width;
     }
 }
 #else
