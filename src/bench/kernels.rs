@@ -63,6 +63,15 @@ pub struct Case {
 }
 
 impl Case {
+    /// Does the op once.
+    ///
+    /// # Errors
+    /// Any GPU error.
+    pub fn once(&self, gpu: &Gpu) -> Result<()> {
+        (self.setup)(gpu)();
+        gpu.wait()
+    }
+
     /// Times the op on `gpu` for about `seconds`.
     ///
     /// # Errors

@@ -143,24 +143,28 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
     }
 }
 
+/// Ops beside products that are done in the fastest of a few ways.
+const OTHERS: [&str; 2] = ["conv2d", "attention"];
+
 fn measure_choices(args: &Args, context: &Context) -> Result<()> {
     let gpu = Gpu::new(&GpuOptions {
-        tuning: Tuning::Cached,
+        tuning: Tuning::FirstUse,
         ..context.gpu_options()
     })?;
     context.say(gpu.tier());
     let mut shapes = tune::shapes(&gpu);
     let example = shapes.first().map(ToString::to_string).unwrap_or_default();
-    if !args.filter.is_empty() {
-        shapes.retain(|s| args.filter.iter().any(|f| s.to_string().contains(f)));
-    }
-    if shapes.is_empty() {
+    shapes.retain(|shape| args.names(&shape.to_string()));
+    let mut cases = kernels::cases(gpu.tier());
+    let other = |name: &str| OTHERS.iter().any(|op| name.starts_with(op));
+    cases.retain(|case| other(&case.name) && args.names(&case.name));
+    if shapes.is_empty() && cases.is_empty() {
         return Err(Error::Input(format!(
             "--filter {}: no product is written so; one is `{example}`",
             args.filter.join(" ")
         )));
     }
-    let mut progress = context.progress("measuring", shapes.len());
+    let mut progress = context.progress("measuring", shapes.len() + cases.len());
     let (mut lines, mut stopped) = (Vec::new(), Ok(()));
     for shape in &shapes {
         stopped = context.interrupt.check();
@@ -172,9 +176,24 @@ fn measure_choices(args: &Args, context: &Context) -> Result<()> {
         gpu.set_tuned(&shape.class(), tuned.clone());
         lines.push(tuned);
     }
+    // These are measured where they are met.
+    for op in OTHERS.iter().filter(|_| stopped.is_ok()) {
+        if cases.iter().any(|case| case.name.starts_with(op)) {
+            gpu.forget_tuned(op);
+        }
+    }
+    for case in &cases {
+        stopped = stopped.and_then(|()| context.interrupt.check());
+        if stopped.is_err() {
+            break;
+        }
+        case.once(&gpu)?;
+        progress.step(case.name.clone());
+    }
+    lines.extend(OTHERS.iter().flat_map(|op| gpu.tuned_of(op)));
     drop(progress);
     let path = gpu.save_tuning()?;
-    heading(context, "product", "ms", "usual ms    gain  choice")?;
+    heading(context, "op", "ms", "usual ms    gain  choice")?;
     for tuned in lines {
         context.print(format_args!(
             "{:60} {:9.3} {:10.3} {:6.2}×  {}",

@@ -132,7 +132,7 @@ impl Context {
         self.say(gpu.tier());
         if let Some(path) = gpu.tuning_anew() {
             self.say(format_args!(
-                "new adapter: the fastest kernel for each size of product is measured when it is first met, and kept in {}",
+                "new adapter: the fastest kernel for each size of product, convolution and attention is measured when it is first met, and kept in {}",
                 path.display()
             ));
         }
@@ -176,7 +176,7 @@ impl Context {
                 failed => format!("; {failed} could not be"),
             };
             self.say(format_args!(
-                "kernels for {classes} sizes of products were measured, in {:.1} s{without}; later runs take them",
+                "kernels for {classes} sizes were measured, in {:.1} s{without}; later runs take them",
                 time.as_secs_f64()
             ));
         }

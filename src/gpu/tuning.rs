@@ -281,15 +281,15 @@ impl Gpu {
     }
 
     /// The choice for a class: the one that is kept, else the one that `measure` finds, where this run measures. A class
-    /// that has none is noted with a shape of it.
+    /// that has none is noted with `shape`, one of it from which it can be measured later, if there is one.
     pub(crate) fn tuned_or(
         &self,
         class: &str,
-        shape: &str,
+        shape: Option<&str>,
         measure: impl FnOnce() -> Result<Tuned>,
     ) -> Option<Tuned> {
         let tuned = self.tuned(class).or_else(|| self.first_use(class, measure));
-        if tuned.is_none() {
+        if let (None, Some(shape)) = (&tuned, shape) {
             self.note_untuned(class, shape);
         }
         tuned
@@ -349,6 +349,28 @@ impl Gpu {
         let empty = || lock(&tuner.state).cache.choices.is_empty();
         let anew = tuner.mode == Tuning::FirstUse && empty() && tuner.keeps();
         tuner.path.as_deref().filter(|_| anew)
+    }
+
+    /// The choices of classes whose name begins so.
+    pub fn tuned_of(&self, op: &str) -> Vec<Tuned> {
+        let state = lock(&self.tuner().state);
+        let all = state.cache.choices.iter();
+        let of_op = all.filter(|(class, _)| class.starts_with(op));
+        of_op.map(|(_, tuned)| tuned.clone()).collect()
+    }
+
+    /// Forgets those choices, so that they are measured again at the next use.
+    pub fn forget_tuned(&self, op: &str) {
+        let mut state = lock(&self.tuner().state);
+        let State {
+            cache, replaced, ..
+        } = &mut *state;
+        let of_op = cache
+            .choices
+            .extract_if(.., |class, _| class.starts_with(op));
+        replaced.extend(of_op.map(|(class, _)| class));
+        state.decisions.clear();
+        state.changed = true;
     }
 
     /// Keeps the choice measured for a class, in this run from the next op of the class on.

@@ -3,6 +3,7 @@
 use super::attention_cooperative::{self, BACKWARD, FORWARD, Pass};
 use super::attention_tap::{self, AttentionTap};
 use super::permute::permute;
+use super::ways::{self, Question, near};
 use super::{THREADS, dispatch, dispatch_work, is_f16, linear_groups};
 use crate::gpu::{Gpu, Kernel};
 use crate::tensor::{DType, Tensor};
@@ -195,6 +196,23 @@ pub enum Division {
     Cooperative(u32),
 }
 
+impl Division {
+    fn name(&self) -> &'static str {
+        match self {
+            Division::Lanes => "lanes",
+            Division::Tiles => "tiles",
+            Division::Cooperative(8) => "cooperative 8",
+            Division::Cooperative(_) => "cooperative 16",
+        }
+    }
+}
+
+/// Marks the keys of this op among those that are decided.
+const OP: u32 = 1 << 31;
+
+/// Attention of fewer FLOPs is not worth a measurement.
+const SMALL: usize = 20_000_000;
+
 /// Lanes of a workgroup of the [`Division::Lanes`] kernels.
 const LANES: usize = 8;
 
@@ -228,7 +246,10 @@ pub fn attention(
     shape: AttentionShape,
     mask: &AttentionMask,
 ) -> (Tensor, Tensor) {
-    attention_with(q, k, v, shape, mask, None)
+    let run = |division| attention_with(q, k, v, shape, mask, division);
+    let sizes = Sizes::new("attention", q, k, shape, mask);
+    let once = |division| drop(run(Some(division)));
+    run(sizes.measured(q.gpu(), "forward", &FORWARD, &once))
 }
 
 /// [`attention`] with the division of the work chosen by the caller, where there is one.
@@ -298,7 +319,10 @@ pub fn attention_backward(
     shape: AttentionShape,
     mask: &AttentionMask,
 ) -> (Tensor, Tensor, Tensor) {
-    attention_backward_with(forward, dout, taps, shape, mask, None)
+    let run = |division| attention_backward_with(forward, dout, taps, shape, mask, division);
+    let sizes = Sizes::new("attention_backward", forward.q, forward.k, shape, mask);
+    let once = |division| drop(run(Some(division)));
+    run(sizes.measured(forward.q.gpu(), "backward", &BACKWARD, &once))
 }
 
 /// [`attention_backward`] with the division of the work chosen by the caller, where there is one.
@@ -358,6 +382,47 @@ impl Sizes {
             None => attention_cooperative::choose(gpu, self, passes),
         };
         size.map_or(Division::Tiles, Division::Cooperative)
+    }
+
+    /// The division that was measured to be the fastest; `None` for the usual one.
+    fn measured(
+        &self,
+        gpu: &Gpu,
+        what: &str,
+        passes: &[Pass],
+        run: &dyn Fn(Division),
+    ) -> Option<Division> {
+        let usual = self.division(gpu, None, passes);
+        let ways: &[Division] = match usual {
+            Division::Tiles => &[usual],
+            _ => &[usual, Division::Tiles],
+        };
+        let products = self.product() as usize * (passes.len() + 2);
+        if !(SMALL..=ways::per_run(gpu.tier(), ways.len())).contains(&products) {
+            return None;
+        }
+        let names: Vec<&'static str> = ways.iter().map(Division::name).collect();
+        let sizes = |size: &dyn Fn(usize) -> usize| {
+            format!(
+                "attention {what} of {} rows to {} keys, {} heads of {}, {}",
+                size(self.rows()),
+                size(self.keys),
+                size(self.batch * self.shape.kv_heads),
+                self.head_dim,
+                if self.f16 { "f16" } else { "f32" }
+            )
+        };
+        let heads = (self.batch * self.shape.kv_heads) as u32;
+        let kind = u32::from(self.f16) | (passes.len() as u32) << 1;
+        let [rows, keys, channels] = [self.rows(), self.keys, self.head_dim].map(|n| n as u32);
+        let question = Question {
+            key: [rows, keys, heads, channels, OP | kind],
+            ways: &names,
+            class: &|| sizes(&near),
+            shape: &|| sizes(&|size| size),
+        };
+        let way = ways::fastest(gpu, &question, &|way| run(ways[way]));
+        (way > 0).then_some(ways[way])
     }
 
     /// Fills the gradients of q, k and v, from dout and delta, in tiles or lanes.

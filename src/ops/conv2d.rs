@@ -47,6 +47,8 @@ pub enum Variant {
     Rows,
     /// Matrix units; the tile where they cannot.
     Cooperative(Cooperative),
+    /// The tier's own of the three above.
+    Direct,
     /// A quarter of the multiplications, for 3×3 at stride 1; else the tier's own.
     Winograd,
     /// One product of all taps, for few output channels at stride 1; else the tier's own.
@@ -64,20 +66,7 @@ pub struct Force {
 }
 
 impl Force {
-    /// The family for `mode`; `None` where the types decide between the tile and matrix units.
-    fn variant(&self, mode: Mode, g: &Geometry, x: &Tensor) -> Option<Variant> {
-        let direct = x.gpu().tier().cpu.then_some(Variant::Rows);
-        match self.variant {
-            Some(Variant::Winograd) if !conv2d_winograd::serves(mode, g) => direct,
-            Some(Variant::Narrow) if !conv2d_narrow::serves(mode, g) => direct,
-            None if conv2d_narrow::pays(mode, g, x) => Some(Variant::Narrow),
-            None if conv2d_winograd::pays(mode, g, x) => Some(Variant::Winograd),
-            None => direct,
-            forced => forced,
-        }
-    }
-
-    fn any(&self) -> bool {
+    pub(super) fn any(&self) -> bool {
         self.variant.is_some() || self.band_bytes.is_some()
     }
 }
@@ -175,7 +164,7 @@ impl Geometry {
         self.kernel[0] * self.kernel[1]
     }
 
-    fn flops(&self) -> usize {
+    pub(super) fn flops(&self) -> usize {
         2 * self.batch * self.output.iter().product::<usize>() * self.taps() * self.input[2]
     }
 
@@ -185,7 +174,7 @@ impl Geometry {
     }
 
     /// Images `first .. first + count`.
-    fn images(&self, first: usize, count: usize) -> Geometry {
+    pub(super) fn images(&self, first: usize, count: usize) -> Geometry {
         Geometry {
             batch: count,
             x_start: self.x_start + first * self.input.iter().product::<usize>(),
@@ -196,7 +185,7 @@ impl Geometry {
 
     /// Rows `first .. first + count` of a single image's result, with the rows of the other side
     /// that they touch: result is the input for [`Mode::Input`], else the output.
-    fn rows(&self, mode: Mode, first: usize, count: usize) -> Geometry {
+    pub(super) fn rows(&self, mode: Mode, first: usize, count: usize) -> Geometry {
         let (s, k) = (self.stride as isize, self.kernel[0] as isize);
         let (lo, hi) = (first as isize, (first + count) as isize);
         let x_row = self.input[1] * self.input[2];
@@ -314,9 +303,12 @@ pub(super) fn run(
         Mode::Input => (y, x),
         _ => (x, y),
     };
-    for band in &pieces(mode, g, input, output, force) {
-        launch(force, mode, band, [x, w, y], bias, 1, 0);
-    }
+    let record = |force: &Force, g: &Geometry| {
+        for band in &pieces(mode, *g, input, output, force) {
+            launch(force, mode, band, [x, w, y], bias, 1, 0);
+        }
+    };
+    record(&force.measured(mode, &g, x, &record), &g);
 }
 
 /// Gradient of [`conv2d`] in its input, of shape `x_shape` and `dy`'s dtype.

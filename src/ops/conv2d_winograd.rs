@@ -95,11 +95,15 @@ pub(super) fn serves(mode: Mode, g: &Geometry) -> bool {
             .all(|c| c.is_multiple_of(4) && *c > 0)
 }
 
+/// Whether it may stand in for the direct sum.
+pub(super) fn replaces(mode: Mode, g: &Geometry) -> bool {
+    serves(mode, g) && Tiles::new(mode, g).from[2] >= LEAST_CHANNELS
+}
+
 /// Whether it should be faster than the direct sum. Matrix units multiply f16 faster than this saves.
 pub(super) fn pays(mode: Mode, g: &Geometry, x: &Tensor) -> bool {
-    serves(mode, g)
+    replaces(mode, g)
         && (x.gpu().tier().cpu || x.dtype() == DType::F32)
-        && Tiles::new(mode, g).from[2] >= LEAST_CHANNELS
         && Tiles::new(mode, g).all >= LEAST_TILES
 }
 

@@ -14,6 +14,7 @@ mod conv2d_cooperative;
 mod conv2d_narrow;
 mod conv2d_phases;
 mod conv2d_rows;
+mod conv2d_ways;
 mod conv2d_winograd;
 pub mod cross_entropy;
 pub mod dropout;
@@ -43,6 +44,7 @@ pub mod softmax;
 pub mod swiglu;
 pub mod unary;
 pub mod upsample_nearest2x;
+mod ways;
 
 use crate::gpu::{Binding, Gpu, Kernel};
 use crate::tensor::{DType, Tensor};

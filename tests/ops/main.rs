@@ -41,3 +41,4 @@ mod swiglu;
 mod unary;
 mod upsample_nearest2x;
 mod variants;
+mod ways;

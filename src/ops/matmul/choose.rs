@@ -174,7 +174,7 @@ fn measured(o: &Operands<'_>, g: &Geometry, shape: &Shape) -> Option<Choice> {
         return None;
     }
     let class = shape.class();
-    let tuned = gpu.tuned_or(&class, &shape.to_string(), || tune(gpu, shape))?;
+    let tuned = gpu.tuned_or(&class, Some(&shape.to_string()), || tune(gpu, shape))?;
     let choice = tuned.choice.parse().ok();
     let choice = choice.filter(|choice: &Choice| works(choice.variant, o, g));
     if choice.is_none() {

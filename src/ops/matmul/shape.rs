@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use super::right::Storage;
 use super::{Geometry, Operands};
+use crate::ops::ways::near;
 use crate::tensor::{DType, Quantization};
 
 /// Sizes, orders and types of a product: [batch, m, k]·[batch, k, n]. Written `1x300x1536x576 nt f32 bf16 f32`: batch, m,
@@ -65,25 +66,19 @@ impl Shape {
 
     /// The class that it is measured with: sizes to half a power of two, few rows exactly, whether lines are whole fours.
     pub fn class(&self) -> String {
-        let near = |size: usize| match size {
-            0..=8 => size,
-            _ => 2f64
-                .powf((2.0 * (size as f64).log2()).round() / 2.0)
-                .round() as usize,
-        };
         let along = [
             if self.trans[0] { self.m } else { self.k },
             if self.trans[1] { self.k } else { self.n },
         ];
         let fours = along.iter().all(|size| size.is_multiple_of(4));
-        let near = Shape {
+        let like = Shape {
             batch: near(self.batch),
             m: near(self.m),
             n: near(self.n),
             k: near(self.k),
             ..*self
         };
-        format!("matmul {near}{}", if fours { "" } else { " ragged" })
+        format!("matmul {like}{}", if fours { "" } else { " ragged" })
     }
 
     /// The same in few words, for a table of what has been decided.

@@ -1,35 +1,21 @@
 //! Measures how a product is done fastest on the adapter at hand.
 
-use std::time::{Duration, Instant};
-
 use super::choose::{Choice, alternatives, usual};
 use super::right::{Right, Storage};
 use super::{Geometry, MatmulOptions, Operands, Shape, Variant, matmul_as, matmul_quantized_as};
 use crate::error::Result;
 use crate::gpu::{Gpu, Tier, Tuned};
+use crate::ops::ways::{RUNS, budget, shortest};
 use crate::tensor::{DType, QuantizedMatrix, Tensor};
 
-/// Timed runs of a choice, and one before them that compiles and warms up.
-const RUNS: usize = 3;
 /// Choices measured for a shape at the most: the usual one, the alternatives, on a GPU the fastest with other splits; the
 /// first and the fastest twice.
 fn most_choices(tier: &Tier) -> usize {
     if tier.cpu { 6 } else { 14 }
 }
 
-/// Choices slower than this are not timed again.
-const HOPELESS: f64 = 1.5;
 /// Products that a run does at the most, where one is too short to be timed.
 const REPEATS: usize = 16;
-
-/// FLOPs that measuring a shape may take: half a second of a slow software driver, or of a slow GPU.
-pub(super) fn budget(tier: &Tier) -> usize {
-    if tier.cpu {
-        5_000_000_000
-    } else {
-        500_000_000_000
-    }
-}
 
 /// FLOPs of a run at the most.
 fn per_run(tier: &Tier) -> usize {
@@ -199,24 +185,9 @@ impl Trial {
         if self.choices > most_choices(self.a.gpu().tier()) {
             return Ok(f64::INFINITY);
         }
-        self.run(choice, 1)?;
-        let mut shortest = f64::INFINITY;
-        for _ in 0..RUNS {
-            let millis = self.run(choice, self.repeats)? / self.repeats as f64;
-            shortest = shortest.min(millis);
-            if shortest > HOPELESS * best {
-                break;
-            }
-        }
-        Ok(shortest)
-    }
-
-    fn run(&mut self, choice: Choice, products: usize) -> Result<f64> {
-        let gpu = self.a.gpu();
-        let (mut elapsed, mut done) = (Duration::ZERO, Ok(()));
-        let kernels = gpu.device_millis(|| {
-            let start = Instant::now();
-            for _ in 0..products {
+        self.flops += (RUNS + 1) * self.repeats * self.shape.flops();
+        let products = || {
+            for _ in 0..self.repeats {
                 match &self.b {
                     Right::Float(b) => matmul_as(Some(choice), &self.a, b, &self.options()),
                     Right::Quantized(w) => {
@@ -224,15 +195,9 @@ impl Trial {
                     }
                 };
             }
-            done = gpu.wait();
-            elapsed = start.elapsed();
-        });
-        done?;
-        self.flops += products * self.shape.flops();
-        Ok(match kernels {
-            0.0 => elapsed.as_secs_f64() * 1e3,
-            millis => millis,
-        })
+        };
+        let each = self.repeats as f64;
+        Ok(shortest(self.a.gpu(), best * each, &products)? / each)
     }
 }
 
