@@ -362,13 +362,17 @@ impl Gpu {
     /// Forgets those choices, so that they are measured again at the next use.
     pub fn forget_tuned(&self, op: &str) {
         let mut state = lock(&self.tuner().state);
-        let State {
-            cache, replaced, ..
-        } = &mut *state;
-        let of_op = cache
+        let classes = state.cache.choices.keys();
+        let classes: Vec<String> = classes
+            .filter(|class| class.starts_with(op))
+            .cloned()
+            .collect();
+        state
+            .cache
             .choices
-            .extract_if(.., |class, _| class.starts_with(op));
-        replaced.extend(of_op.map(|(class, _)| class));
+            .retain(|class, _| !class.starts_with(op));
+        // The file's are not taken over when it is written.
+        state.replaced.extend(classes);
         state.decisions.clear();
         state.changed = true;
     }
