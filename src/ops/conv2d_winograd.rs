@@ -18,6 +18,9 @@ const LEAST_TILES: usize = 16;
 /// Channels of the image read from which it pays: those of fewer are short, and summed directly more exactly.
 const LEAST_CHANNELS: usize = 64;
 
+/// Bytes of the weight at its points at a time on CPU drivers: what a product reads should not have gone to memory.
+const CPU_SLICE: usize = 16 << 20;
+
 #[repr(C)]
 #[derive(Clone, Copy, Default, bytemuck::Pod, bytemuck::Zeroable)]
 struct Params {
@@ -170,7 +173,8 @@ pub(super) fn launch(mode: Mode, g: &Geometry, [x, w, y]: [&Tensor; 3], bias: Op
         },
     );
     // As many columns at a time as the weight at its points has room for.
-    let room = (rows::pack_limit(&x) / (POINTS * k * 4)).max(1);
+    let limit = rows::pack_limit(&x).min(if cpu { CPU_SLICE } else { usize::MAX });
+    let room = (limit / (POINTS * k * 4)).max(1);
     let chunks = n.div_ceil(room);
     let chunk = n.div_ceil(chunks).next_multiple_of(rows::TILE[1]);
     for first in (0..n).step_by(chunk) {
