@@ -178,9 +178,9 @@ fn affine(kernel: Kernel, [weight, bias]: [bool; 2], kept: bool) -> Kernel {
         .flag("KEPT", kept)
 }
 
-/// Rows of a workgroup that keeps something over them on a CPU driver.
+/// Rows of a workgroup that keeps something over them on a CPU driver, of which none known has more than 32 threads.
 fn chunk_of(rows: usize) -> usize {
-    rows.div_ceil(64).clamp(1, 32)
+    rows.div_ceil(32).clamp(1, 32)
 }
 
 fn vec4(columns: usize) -> bool {
