@@ -20,25 +20,30 @@ pub fn checkpoint(inputs: &[Var], f: impl Fn(&[Var]) -> Vec<Var> + 'static) -> V
                          needs: &[bool],
                          _: &mut Earlier,
                          outer: &mut Gradients| {
-        let inputs: Vec<Var> = values
-            .into_iter()
-            .zip(needs)
-            .map(|(v, &needed)| {
-                if needed {
-                    Var::parameter(v)
-                } else {
-                    Var::constant(v)
-                }
-            })
-            .collect();
-        let outputs = with_recording(true, || f(&inputs));
-        let roots: Vec<(Var, Tensor)> = outputs
-            .into_iter()
-            .zip(upstream)
-            .filter_map(|(output, grad)| Some((output, grad.clone()?)))
-            .collect();
-        backward_into(&roots, outer);
-        inputs.iter().map(|input| outer.take(input)).collect()
+        backward_again(&f, &values, upstream, needs, outer)
     };
     Var::from_multi_op("checkpoint", outputs, &parents, true, Box::new(backward))
+}
+
+/// Runs `f` on `values` again, with a tape, and its backward: gradients of those values that need one. Those of leaves go
+/// to `outer`.
+pub(super) fn backward_again(
+    f: &dyn Fn(&[Var]) -> Vec<Var>,
+    values: &[Tensor],
+    upstream: &[Option<Tensor>],
+    needs: &[bool],
+    outer: &mut Gradients,
+) -> Vec<Option<Tensor>> {
+    let input = |(value, &needed): (&Tensor, &bool)| match needed {
+        true => Var::parameter(value.clone()),
+        false => Var::constant(value.clone()),
+    };
+    let inputs: Vec<Var> = values.iter().zip(needs).map(input).collect();
+    let outputs = with_recording(true, || f(&inputs));
+    let roots = outputs.into_iter().zip(upstream);
+    let roots: Vec<(Var, Tensor)> = roots
+        .filter_map(|(output, grad)| Some((output, grad.clone()?)))
+        .collect();
+    backward_into(&roots, outer);
+    inputs.iter().map(|input| outer.take(input)).collect()
 }

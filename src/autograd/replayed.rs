@@ -4,7 +4,8 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use super::var::{Earlier, backward_into, recording, watching, with_recording};
+use super::checkpoint::backward_again;
+use super::var::{Earlier, recording, watching};
 use super::{Gradients, Var, no_grad};
 use crate::gpu::{Arena, Gpu, Hold, Plan};
 use crate::tensor::{DType, Place, Tensor};
@@ -272,7 +273,8 @@ impl Call {
                 Some(part) => Rc::new(part),
                 None => return vec![None; needs.len()],
             },
-            _ => return self.recompute(upstream, needs, outer),
+            // Gradients that the plan does not know.
+            _ => return backward_again(&*self.f, &self.inputs, upstream, needs, outer),
         };
         self.part.backward.replace(Some(part.clone()));
         for (id, place) in &part.leaves {
@@ -304,25 +306,6 @@ impl Call {
                 .collect(),
             plan: plan?,
         })
-    }
-
-    /// Forward and backward op by op, for outputs with gradients that the plan does not know.
-    fn recompute(
-        &self,
-        upstream: &[Option<Tensor>],
-        needs: &[bool],
-        outer: &mut Gradients,
-    ) -> Vec<Option<Tensor>> {
-        let input = |(value, &needed): (&Tensor, &bool)| match needed {
-            true => Var::parameter(value.clone()),
-            false => Var::constant(value.clone()),
-        };
-        let inputs: Vec<Var> = self.inputs.iter().zip(needs).map(input).collect();
-        let outputs = with_recording(true, || (self.f)(&inputs));
-        let roots = outputs.into_iter().zip(upstream);
-        let roots: Vec<(Var, Tensor)> = roots.filter_map(|(v, g)| Some((v, g.clone()?))).collect();
-        backward_into(&roots, outer);
-        inputs.iter().map(|input| outer.take(input)).collect()
     }
 }
 

@@ -39,7 +39,9 @@ struct Inner {
 }
 
 /// Keeps an arena from being given up, and tells others that it is in use.
-pub struct Hold(#[allow(dead_code)] Arc<()>);
+pub struct Hold {
+    _held: Arc<()>,
+}
 
 impl Arena {
     /// An empty arena.
@@ -57,7 +59,9 @@ impl Arena {
 
     /// Holds the arena until the result is dropped.
     pub fn hold(&self) -> Hold {
-        Hold(self.0.held.clone())
+        Hold {
+            _held: self.0.held.clone(),
+        }
     }
 
     /// Whether somebody holds it.
