@@ -392,15 +392,15 @@ impl Sizes {
         passes: &[Pass],
         run: &dyn Fn(Division),
     ) -> Option<Division> {
+        let products = self.product() as usize * (passes.len() + 2);
+        if !(SMALL..=ways::per_run(gpu.tier(), 2)).contains(&products) {
+            return None;
+        }
         let usual = self.division(gpu, None, passes);
         let ways: &[Division] = match usual {
             Division::Tiles => &[usual],
             _ => &[usual, Division::Tiles],
         };
-        let products = self.product() as usize * (passes.len() + 2);
-        if !(SMALL..=ways::per_run(gpu.tier(), ways.len())).contains(&products) {
-            return None;
-        }
         let names: Vec<&'static str> = ways.iter().map(Division::name).collect();
         let sizes = |size: &dyn Fn(usize) -> usize| {
             format!(

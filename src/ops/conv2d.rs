@@ -221,7 +221,9 @@ fn pieces(mode: Mode, g: Geometry, x: &Tensor, y: &Tensor, force: &Force) -> Vec
         g.batch * side.iter().product::<usize>() * t.dtype().bytes() > limit
     };
     let long = !tier.cpu && g.flops() > DISPATCH_FLOPS;
-    let temporary = match force.variant(mode, &g, x) {
+    let variant = force.variant(mode, &g, x);
+    let many = variant == Some(Variant::Rows) && !conv2d_rows::within_a_dispatch(mode, &g);
+    let temporary = match variant {
         Some(Variant::Rows) => conv2d_rows::temporary_bytes(mode, &g),
         Some(Variant::Winograd) => conv2d_winograd::temporary_bytes(mode, &g),
         Some(Variant::Narrow) => conv2d_narrow::temporary_bytes(&g),
@@ -233,7 +235,8 @@ fn pieces(mode: Mode, g: Geometry, x: &Tensor, y: &Tensor, force: &Force) -> Vec
     } else {
         g.output[0]
     };
-    if !(over(x, &g.input) || over(y, &g.output) || long || packed) || g.batch * height <= 1 {
+    let fits = !(over(x, &g.input) || over(y, &g.output) || long || packed || many);
+    if fits || g.batch * height <= 1 {
         return vec![g];
     }
     let (first, second) = if g.batch > 1 {

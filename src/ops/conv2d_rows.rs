@@ -2,9 +2,9 @@
 //! product of a convolution is a strided product of `matmul_rows`.
 
 use super::conv2d::{Geometry, Mode};
-use super::dispatch_work;
 use super::matmul::{limit, window};
 use super::rows::{self, Form, RowsParams, Strided};
+use super::{MAX_GROUPS, dispatch_work};
 use crate::gpu::Kernel;
 use crate::tensor::{DType, Tensor};
 
@@ -54,6 +54,18 @@ pub(super) fn temporary_bytes(mode: Mode, g: &Geometry) -> usize {
     let views = g.kernel[1] * across.next_multiple_of(4);
     let image = 4 * g.batch * height * channels * views.max(width);
     image.max(rows::panel_bytes(g.batch * lines, across, columns))
+}
+
+/// Whether a dispatch has a workgroup for each line that is written out.
+pub(super) fn within_a_dispatch(mode: Mode, g: &Geometry) -> bool {
+    if mode != Mode::Weight {
+        return true;
+    }
+    let mode = match WeightProduct::new(g).swapped {
+        true => Mode::Input,
+        false => Mode::Weight,
+    };
+    g.kernel[1] * g.batch * padded(mode, g)[0] <= MAX_GROUPS as usize
 }
 
 /// Pixels that a weight gradient adds up in one sum: a chain of many thousand rounds more than the sum of its parts.

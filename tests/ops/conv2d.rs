@@ -256,6 +256,27 @@ fn a_weight_gradient_over_many_pixels_is_split_and_exact() {
     }
 }
 
+/// More lines of all images than a dispatch has workgroups along a dimension.
+#[test]
+fn a_weight_gradient_over_many_images_is_cut() {
+    const IMAGES: usize = 8000;
+    for (ci, co) in [(4, 4), (36, 2)] {
+        let ones = |c: usize| {
+            let shape = [IMAGES, 3, 4, c];
+            Tensor::from_f32(gpu(), &vec![1.0; shape.iter().product()], &shape)
+        };
+        let options = Conv2dOptions::new(1, 1);
+        let dw = conv2d_grad_weight_with(&Force::default(), &ones(ci), &ones(co), 3, 3, &options);
+        // How many of the 3 × 4 pixels each tap sees.
+        let expected: Vec<f32> = [2, 3, 2]
+            .into_iter()
+            .flat_map(|rows| [3, 4, 3].map(|columns| (IMAGES * rows * columns) as f32))
+            .flat_map(|count| vec![count; ci * co])
+            .collect();
+        assert_eq!(dw.to_f32().unwrap(), expected);
+    }
+}
+
 /// Tiles that end past the image, any padding, turned weights, bands; channels that it does not do go to the others.
 #[test]
 fn winograd_matches_f64() {
