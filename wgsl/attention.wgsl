@@ -3,6 +3,7 @@
 // The query heads that share a key/value head are rows side by side: row = token · group + head.
 // q, out [B, T, H·D], k, v [B, S, Hkv·D], or with HEADS_APART [B, Hkv, S, D], lse f32 [B, H, T].
 #import attention_mask::{Params, NOTHING, visible_keys}
+#import lanes::{LANES, from_lane}
 
 #ifdef F16
 alias Elem = f16;
@@ -24,6 +25,10 @@ const KEYS: u32 = #{KEYS}u;
 // A head is BLOCKS × BLOCK vec4s, so that each loop is short enough to be unrolled by the driver.
 const BLOCKS: u32 = #{BLOCKS}u;
 const BLOCK: u32 = #{BLOCK}u;
+const VECTORS: u32 = BLOCKS * BLOCK;
+// Vectors of a step's keys, or values, that each of LANES threads loads.
+const LOADS: u32 = (KEYS * VECTORS + LANES - 1u) / LANES;
+alias Held = array<vec4<f32>, LOADS>;
 alias Head = array<array<array<vec4<f32>, ROWS>, BLOCK>, BLOCKS>;
 
 @group(0) @binding(0) var<storage, read> q: array<Stored>;
@@ -99,6 +104,7 @@ fn store(base: u32, d: u32, x: vec4<f32>) {
 
 @compute @workgroup_size(#{WG})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+    let lane = local % LANES;
     let shared_heads = p.heads / p.kv_heads;
     let rows = p.queries * shared_heads;
     let first = group.x * ROWS * #{WG}u;
@@ -154,6 +160,19 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 mask[j] = key_bits[group.z * p.keys + place];
             }
         }
+        // The place of each vector that this thread loads: its key, and where in the head.
+        var origin: array<u32, LOADS>;
+        for (var l = 0u; l < LOADS; l++) {
+            let i = l * LANES + lane;
+            origin[l] = at[0];
+            for (var j = 1u; j < KEYS; j++) {
+                origin[l] = select(origin[l], at[j], i >= j * VECTORS);
+            }
+        }
+        var held: Held;
+        for (var l = 0u; l < LOADS; l++) {
+            held[l] = k4(origin[l], (l * LANES + lane) % VECTORS);
+        }
         var score: array<array<f32, KEYS>, ROWS>;
         for (var r = 0u; r < ROWS; r++) {
             for (var j = 0u; j < KEYS; j++) {
@@ -163,7 +182,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         for (var b = 0u; b < BLOCKS; b++) {
             for (var d = 0u; d < BLOCK; d++) {
                 for (var j = 0u; j < KEYS; j++) {
-                    let x = k4(at[j], b * BLOCK + d);
+                    let i = j * VECTORS + b * BLOCK + d;
+                    let x = from_lane(held[i / LANES], i % LANES);
                     for (var r = 0u; r < ROWS; r++) {
                         score[r][j] += dot(x, query[b][d][r]);
                     }
@@ -188,6 +208,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 sum[r] += score[r][j];
             }
         }
+        for (var l = 0u; l < LOADS; l++) {
+            held[l] = v4(origin[l], (l * LANES + lane) % VECTORS);
+        }
         for (var b = 0u; b < BLOCKS; b++) {
             for (var d = 0u; d < BLOCK; d++) {
                 var step: array<vec4<f32>, ROWS>;
@@ -195,7 +218,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                     step[r] = sum_of_values[b][d][r] * old[r];
                 }
                 for (var j = 0u; j < KEYS; j++) {
-                    let x = v4(at[j], b * BLOCK + d);
+                    let i = j * VECTORS + b * BLOCK + d;
+                    let x = from_lane(held[i / LANES], i % LANES);
                     for (var r = 0u; r < ROWS; r++) {
                         step[r] += x * score[r][j];
                     }

@@ -3,6 +3,7 @@
 // PASS 2: dK = scale Σ dS q and dV = Σ P dO, keys in the lanes, query rows uniform.
 // Query rows in the order of attention.wgsl. lse and delta f32 [B, H, T].
 #import attention_mask::{Params, visible_keys, first_query}
+#import lanes::{LANES, from_lane}
 
 #ifdef F16
 alias Elem = f16;
@@ -24,6 +25,10 @@ const ROWS: u32 = #{ROWS}u;
 const STEP: u32 = #{KEYS}u;
 const BLOCKS: u32 = #{BLOCKS}u;
 const BLOCK: u32 = #{BLOCK}u;
+const VECTORS: u32 = BLOCKS * BLOCK;
+// Vectors of a step's keys or rows that each of LANES threads loads.
+const LOADS: u32 = (STEP * VECTORS + LANES - 1u) / LANES;
+alias Held = array<vec4<f32>, LOADS>;
 alias Head = array<array<array<vec4<f32>, ROWS>, BLOCK>, BLOCKS>;
 
 @group(0) @binding(0) var<storage, read> q: array<Stored>;
@@ -152,6 +157,7 @@ fn store_dv(base: u32, d: u32, x: vec4<f32>) {
 #if PASS == 1
 @compute @workgroup_size(#{WG})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+    let lane = local % LANES;
     let shared_heads = p.heads / p.kv_heads;
     let rows = p.queries * shared_heads;
     let first = group.x * ROWS * #{WG}u;
@@ -203,6 +209,21 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 mask[j] = key_bits[group.z * p.keys + place];
             }
         }
+        // The place of each vector that this thread loads: its key, and where in the head.
+        var origin: array<u32, LOADS>;
+        for (var l = 0u; l < LOADS; l++) {
+            let i = l * LANES + lane;
+            origin[l] = at[0];
+            for (var j = 1u; j < STEP; j++) {
+                origin[l] = select(origin[l], at[j], i >= j * VECTORS);
+            }
+        }
+        var keys: Held;
+        var values: Held;
+        for (var l = 0u; l < LOADS; l++) {
+            keys[l] = k4(origin[l], (l * LANES + lane) % VECTORS);
+            values[l] = v4(origin[l], (l * LANES + lane) % VECTORS);
+        }
         var score: array<array<f32, STEP>, ROWS>;
         var dscore: array<array<f32, STEP>, ROWS>;
         for (var r = 0u; r < ROWS; r++) {
@@ -214,8 +235,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         for (var b = 0u; b < BLOCKS; b++) {
             for (var d = 0u; d < BLOCK; d++) {
                 for (var j = 0u; j < STEP; j++) {
-                    let x = k4(at[j], b * BLOCK + d);
-                    let z = v4(at[j], b * BLOCK + d);
+                    let i = j * VECTORS + b * BLOCK + d;
+                    let x = from_lane(keys[i / LANES], i % LANES);
+                    let z = from_lane(values[i / LANES], i % LANES);
                     for (var r = 0u; r < ROWS; r++) {
                         score[r][j] += dot(x, query[b][d][r]);
                         dscore[r][j] += dot(z, upstream[b][d][r]);
@@ -232,7 +254,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         for (var b = 0u; b < BLOCKS; b++) {
             for (var d = 0u; d < BLOCK; d++) {
                 for (var j = 0u; j < STEP; j++) {
-                    let x = k4(at[j], b * BLOCK + d);
+                    let i = j * VECTORS + b * BLOCK + d;
+                    let x = from_lane(keys[i / LANES], i % LANES);
                     for (var r = 0u; r < ROWS; r++) {
                         gradient[b][d][r] += x * dscore[r][j];
                     }
@@ -254,6 +277,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #else
 @compute @workgroup_size(#{WG})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+    let lane = local % LANES;
     let shared_heads = p.heads / p.kv_heads;
     let rows = p.queries * shared_heads;
     let first = group.x * ROWS * #{WG}u;
@@ -309,11 +333,27 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 dscore[r][j] = -delta[place];
             }
         }
+        // The place of each vector that this thread loads: its row, and where in the head.
+        var origin: array<u32, LOADS>;
+        for (var l = 0u; l < LOADS; l++) {
+            let i = l * LANES + lane;
+            origin[l] = at[0];
+            for (var j = 1u; j < STEP; j++) {
+                origin[l] = select(origin[l], at[j], i >= j * VECTORS);
+            }
+        }
+        var queries: Held;
+        var upstream: Held;
+        for (var l = 0u; l < LOADS; l++) {
+            queries[l] = q4(origin[l], (l * LANES + lane) % VECTORS);
+            upstream[l] = do4(origin[l], (l * LANES + lane) % VECTORS);
+        }
         for (var b = 0u; b < BLOCKS; b++) {
             for (var d = 0u; d < BLOCK; d++) {
                 for (var j = 0u; j < STEP; j++) {
-                    let x = q4(at[j], b * BLOCK + d);
-                    let g = do4(at[j], b * BLOCK + d);
+                    let i = j * VECTORS + b * BLOCK + d;
+                    let x = from_lane(queries[i / LANES], i % LANES);
+                    let g = from_lane(upstream[i / LANES], i % LANES);
                     for (var r = 0u; r < ROWS; r++) {
                         score[r][j] += dot(x, key[b][d][r]);
                         dscore[r][j] += dot(g, value[b][d][r]);
@@ -331,8 +371,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         for (var b = 0u; b < BLOCKS; b++) {
             for (var d = 0u; d < BLOCK; d++) {
                 for (var j = 0u; j < STEP; j++) {
-                    let x = q4(at[j], b * BLOCK + d);
-                    let g = do4(at[j], b * BLOCK + d);
+                    let i = j * VECTORS + b * BLOCK + d;
+                    let x = from_lane(queries[i / LANES], i % LANES);
+                    let g = from_lane(upstream[i / LANES], i % LANES);
                     for (var r = 0u; r < ROWS; r++) {
                         dkey[b][d][r] += x * dscore[r][j];
                         dvalue[b][d][r] += g * score[r][j];

@@ -1,7 +1,7 @@
-// c = a·b + bias + residual for software drivers that run on the CPU, where shared memory, barriers
-// and lane-varying loads are slow: 16 rows × 4 columns of sums a thread, 8 threads side by side, a's
-// addresses the same for all of them. Every step adds four terms to every sum: the driver blends sums
-// with its execution mask once per iteration, so longer iterations are cheaper.
+// c = a·b + bias + residual for software drivers that run on the CPU, where shared memory, barriers and loads are slow:
+// 16 rows × 4 columns of sums a thread, 8 threads side by side that share what they load of a. Every step adds eight terms to
+// every sum (COLUMN: four): the driver blends sums with its execution mask once per iteration, so longer iterations are
+// cheaper, until the code is too long for the processor's caches.
 //
 // a is described by strides so that convolution is the same product over a padded image: k runs over segments, each adds
 // `segment_stride` to an address and every `run` of them `run_stride`. Row form (a's rows are contiguous along k): row →
@@ -9,10 +9,9 @@
 //
 // ALONG (row form): b's columns are contiguous along k, `b_row` apart, as a linear layer's weight or an image's pixels are.
 //
-// SUBGROUP (row form, subgroups of 8): a's elements are loaded by one thread each and broadcast, where a load that is
-// the same for all threads would check its bounds once for each component.
-//
 // QUADS: rows of c, of the residual and the bias are whole vec4s.
+#import lanes::{LANES, from_lane}
+
 #ifdef C_F16
 alias Scalar = f16;
 #else
@@ -65,20 +64,33 @@ struct Params {
 var<immediate> p: Params;
 
 const ROWS = 16u;
-#ifdef SUBGROUP
-// Rows whose elements a thread loads: two for itself, handed round in the subgroup that the workgroup is.
-const HELD = 2u;
+#ifdef COLUMN
+// Vectors of a that each of LANES threads loads for four k.
+const LOADS: u32 = ROWS / LANES;
 #else
-const HELD = ROWS;
-#endif
+// Vectors along k of each of a's rows in one step, and those that each of LANES threads loads.
+const ALONG_K = 2u;
+const LOADS: u32 = ROWS * ALONG_K / LANES;
 
-fn terms(sum: vec4<f32>, av: vec4<f32>, bx: vec4<f32>, by: vec4<f32>, bz: vec4<f32>, bw: vec4<f32>) -> vec4<f32> {
-    let two = fma(vec4<f32>(av.y), by, fma(vec4<f32>(av.x), bx, sum));
-    return fma(vec4<f32>(av.w), bw, fma(vec4<f32>(av.z), bz, two));
+// Four k of b for this thread's columns.
+fn lines(at: vec4<u32>) -> mat4x4<f32> {
+    let loaded = mat4x4<f32>(b[at.x], b[at.y], b[at.z], b[at.w]);
+#ifdef ALONG
+    return transpose(loaded);
+#else
+    return loaded;
+#endif
 }
+
+fn terms(sum: vec4<f32>, av: vec4<f32>, bv: mat4x4<f32>) -> vec4<f32> {
+    let two = fma(vec4<f32>(av.y), bv[1], fma(vec4<f32>(av.x), bv[0], sum));
+    return fma(vec4<f32>(av.w), bv[3], fma(vec4<f32>(av.z), bv[2], two));
+}
+#endif
 
 @compute @workgroup_size(8)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+    let loader = lane % LANES;
     let batch = group.z / p.splits;
     let part = group.z % p.splits;
     let per_part = (p.segments + p.splits - 1u) / p.splits;
@@ -87,9 +99,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let col = group.y * 32u + lane * 4u;
 #ifdef ALONG
     // Columns past the end repeat the last one; they are not stored.
-    let columns = p.b_start + batch * p.b_batch + min(vec4<u32>(col) + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(p.n - 1u)) * p.b_row;
+    let columns = min(vec4<u32>(col) + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(p.n - 1u));
+    let b0 = p.b_start + batch * p.b_batch + columns * p.b_row;
+    let b_step = 1u;
 #else
-    let b0 = p.b_start + batch * p.b_batch + group.y * p.b_panel + lane;
+    let b0 = p.b_start + batch * p.b_batch + group.y * p.b_panel + lane + vec4<u32>(0u, 1u, 2u, 3u) * p.b_row;
+    let b_step = 4u * p.b_row;
 #endif
     var sum: array<vec4<f32>, ROWS>;
 #ifdef COLUMN
@@ -97,17 +112,26 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     for (var s = part * per_part; s < last; s++) {
         let length = min(p.segment, p.k - s * p.segment);
         var a_at = column + (s / p.run) * p.run_stride + (s % p.run) * p.segment_stride;
-        var b_at = b0 + s * p.segment * p.b_row;
+        var b_at = b0.x + s * p.segment * p.b_row;
         var k = 0u;
         for (; k + 4u <= length; k += 4u) {
+            var held: array<vec4<f32>, LOADS>;
+            for (var l = 0u; l < LOADS; l++) {
+                let i = l * LANES + loader;
+                held[l] = a[a_at + (i / 4u) * p.stride_x + i % 4u];
+            }
+            var bv: array<vec4<f32>, 4>;
             for (var u = 0u; u < 4u; u++) {
-                let bv = b[b_at + u * p.b_row];
-                for (var q = 0u; q < 4u; q++) {
-                    let av = a[a_at + u * p.stride_x + q];
-                    sum[4u * q] = fma(vec4<f32>(av.x), bv, sum[4u * q]);
-                    sum[4u * q + 1u] = fma(vec4<f32>(av.y), bv, sum[4u * q + 1u]);
-                    sum[4u * q + 2u] = fma(vec4<f32>(av.z), bv, sum[4u * q + 2u]);
-                    sum[4u * q + 3u] = fma(vec4<f32>(av.w), bv, sum[4u * q + 3u]);
+                bv[u] = b[b_at + u * p.b_row];
+            }
+            for (var q = 0u; q < 4u; q++) {
+                for (var u = 0u; u < 4u; u++) {
+                    let i = 4u * u + q;
+                    let av = from_lane(held[i / LANES], i % LANES);
+                    sum[4u * q] = fma(vec4<f32>(av.x), bv[u], sum[4u * q]);
+                    sum[4u * q + 1u] = fma(vec4<f32>(av.y), bv[u], sum[4u * q + 1u]);
+                    sum[4u * q + 2u] = fma(vec4<f32>(av.z), bv[u], sum[4u * q + 2u]);
+                    sum[4u * q + 3u] = fma(vec4<f32>(av.w), bv[u], sum[4u * q + 3u]);
                 }
             }
             a_at += 4u * p.stride_x;
@@ -127,69 +151,48 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
     }
 #else
-    var rows: array<u32, HELD>;
-    for (var r = 0u; r < HELD; r++) {
+    var rows: array<u32, LOADS>;
+    for (var l = 0u; l < LOADS; l++) {
+        let i = l * LANES + loader;
         // Rows past the end repeat the last one; they are not stored.
-#ifdef SUBGROUP
-        let row = min(group.x * ROWS + 8u * r + lane, p.m - 1u);
-#else
-        let row = min(group.x * ROWS + r, p.m - 1u);
-#endif
+        let row = min(group.x * ROWS + i / ALONG_K, p.m - 1u);
         let line = row / p.size_x;
-        rows[r] = a0 + (row % p.size_x) * p.stride_x + (line % p.size_y) * p.stride_y
-            + (line / p.size_y) * p.stride_image;
+        rows[l] = a0 + (row % p.size_x) * p.stride_x + (line % p.size_y) * p.stride_y
+            + (line / p.size_y) * p.stride_image + i % ALONG_K;
     }
     for (var s = part * per_part; s < last; s++) {
         let length = min(p.segment, p.k - s * p.segment) / 4u;
         var a_at = (s / p.run) * p.run_stride + (s % p.run) * p.segment_stride;
-#ifdef ALONG
-        var b_at = s * (p.segment / 4u);
-#else
-        var b_at = b0 + s * p.segment * p.b_row;
-#endif
-        for (var k = 0u; k < length; k++) {
-#ifdef ALONG
-            let cx = b[columns.x + b_at];
-            let cy = b[columns.y + b_at];
-            let cz = b[columns.z + b_at];
-            let cw = b[columns.w + b_at];
-            let bx = vec4<f32>(cx.x, cy.x, cz.x, cw.x);
-            let by = vec4<f32>(cx.y, cy.y, cz.y, cw.y);
-            let bz = vec4<f32>(cx.z, cy.z, cz.z, cw.z);
-            let bw = vec4<f32>(cx.w, cy.w, cz.w, cw.w);
-            b_at += 1u;
-#else
-            let bx = b[b_at];
-            let by = b[b_at + p.b_row];
-            let bz = b[b_at + 2u * p.b_row];
-            let bw = b[b_at + 3u * p.b_row];
-            b_at += 4u * p.b_row;
-#endif
-#ifdef SUBGROUP
-            let upper = a[rows[0] + a_at];
-            let lower = a[rows[1] + a_at];
-            sum[0] = terms(sum[0], subgroupBroadcast(upper, 0u), bx, by, bz, bw);
-            sum[1] = terms(sum[1], subgroupBroadcast(upper, 1u), bx, by, bz, bw);
-            sum[2] = terms(sum[2], subgroupBroadcast(upper, 2u), bx, by, bz, bw);
-            sum[3] = terms(sum[3], subgroupBroadcast(upper, 3u), bx, by, bz, bw);
-            sum[4] = terms(sum[4], subgroupBroadcast(upper, 4u), bx, by, bz, bw);
-            sum[5] = terms(sum[5], subgroupBroadcast(upper, 5u), bx, by, bz, bw);
-            sum[6] = terms(sum[6], subgroupBroadcast(upper, 6u), bx, by, bz, bw);
-            sum[7] = terms(sum[7], subgroupBroadcast(upper, 7u), bx, by, bz, bw);
-            sum[8] = terms(sum[8], subgroupBroadcast(lower, 0u), bx, by, bz, bw);
-            sum[9] = terms(sum[9], subgroupBroadcast(lower, 1u), bx, by, bz, bw);
-            sum[10] = terms(sum[10], subgroupBroadcast(lower, 2u), bx, by, bz, bw);
-            sum[11] = terms(sum[11], subgroupBroadcast(lower, 3u), bx, by, bz, bw);
-            sum[12] = terms(sum[12], subgroupBroadcast(lower, 4u), bx, by, bz, bw);
-            sum[13] = terms(sum[13], subgroupBroadcast(lower, 5u), bx, by, bz, bw);
-            sum[14] = terms(sum[14], subgroupBroadcast(lower, 6u), bx, by, bz, bw);
-            sum[15] = terms(sum[15], subgroupBroadcast(lower, 7u), bx, by, bz, bw);
-#else
-            for (var r = 0u; r < ROWS; r++) {
-                sum[r] = terms(sum[r], a[rows[r] + a_at], bx, by, bz, bw);
+        var b_at = s * (p.segment / 4u) * b_step;
+        var k = 0u;
+        for (; k + ALONG_K <= length; k += ALONG_K) {
+            var held: array<vec4<f32>, LOADS>;
+            for (var l = 0u; l < LOADS; l++) {
+                held[l] = a[rows[l] + a_at];
             }
-#endif
-            a_at += 1u;
+            var bv: array<mat4x4<f32>, ALONG_K>;
+            for (var u = 0u; u < ALONG_K; u++) {
+                bv[u] = lines(b0 + b_at + u * b_step);
+            }
+            for (var r = 0u; r < ROWS; r++) {
+                for (var u = 0u; u < ALONG_K; u++) {
+                    let i = r * ALONG_K + u;
+                    sum[r] = terms(sum[r], from_lane(held[i / LANES], i % LANES), bv[u]);
+                }
+            }
+            a_at += ALONG_K;
+            b_at += ALONG_K * b_step;
+        }
+        if k < length {
+            var held: array<vec4<f32>, LOADS>;
+            for (var l = 0u; l < LOADS; l++) {
+                held[l] = a[rows[l] + a_at];
+            }
+            let bv = lines(b0 + b_at);
+            for (var r = 0u; r < ROWS; r++) {
+                let i = r * ALONG_K;
+                sum[r] = terms(sum[r], from_lane(held[i / LANES], i % LANES), bv);
+            }
         }
     }
 #endif

@@ -4,7 +4,7 @@ use super::attention_cooperative::{self, BACKWARD, FORWARD, Pass};
 use super::attention_tap::{self, AttentionTap};
 use super::permute::permute;
 use super::ways::{self, Question, near};
-use super::{THREADS, dispatch, dispatch_work, is_f16, linear_groups};
+use super::{THREADS, dispatch, dispatch_work, is_f16, linear_groups, shared_loads};
 use crate::gpu::{Gpu, Kernel};
 use crate::tensor::{DType, Tensor};
 
@@ -222,12 +222,13 @@ const HEADS_APART: u64 = 1 << 20;
 /// Rows or keys of a workgroup of the [`Division::Tiles`] kernel.
 const TILE: usize = 32;
 
-/// Rows a thread of the [`Division::Lanes`] kernels holds, `arrays` heads of registers each.
-fn rows_per_thread(rows: usize, head_dim: usize, arrays: usize) -> usize {
-    // Up to 16 KiB of registers in 8 lanes: half of an L1 cache, where they spill to.
-    let most = 16 * 1024 / (LANES * 4 * head_dim.next_multiple_of(4) * arrays);
-    let most = most.clamp(1, 2);
-    if rows <= LANES { 1 } else { most }
+/// Rows, or keys, that a thread of the [`Division::Lanes`] kernels holds where there are `rows`.
+fn rows_per_thread(rows: usize) -> usize {
+    match rows.div_ceil(LANES) {
+        0 | 1 => 1,
+        2 => 2,
+        _ => 4,
+    }
 }
 
 pub(super) fn bits<'a>(bits: &'a Option<Tensor>, other: &'a Tensor) -> &'a Tensor {
@@ -277,7 +278,7 @@ pub fn attention_with(
         attention_cooperative::forward(size, &sizes, mask, [q, k, v], [&out, &lse]);
         return (out, lse);
     }
-    let (kernel, each) = sizes.division_kernel(division, 0);
+    let (kernel, each) = sizes.division_kernel(q.gpu(), division, 0);
     // A head's keys lie apart by all heads' channels: long ones would be spread over more pages than a CPU remembers.
     let apart = division == Division::Lanes && shape.kv_heads > 1 && k.bytes() > HEADS_APART;
     let by_head = |t: &Tensor| {
@@ -438,31 +439,26 @@ impl Sizes {
         let (query_bits, key_bits) = (bits(&mask.query_bits, q), bits(&mask.key_bits, q));
         let inputs = [q, k, v, query_bits, key_bits, dout, lse, delta];
         let params = self.params(mask);
-        let (kernel, each) = self.division_kernel(division, 1);
+        let (kernel, each) = self.division_kernel(q.gpu(), division, 1);
         let (grid, work) = (self.grid(self.rows(), each), 3 * self.product());
         let tensors = [&inputs[..], &[dq]].concat();
         dispatch_work(&kernel, &tensors, &params, grid, work);
-        let (kernel, each) = self.division_kernel(division, 2);
+        let (kernel, each) = self.division_kernel(q.gpu(), division, 2);
         let (grid, work) = (self.grid(self.keys, each), 4 * self.product());
         let tensors = [&inputs[..], &[dk, dv]].concat();
         dispatch_work(&kernel, &tensors, &params, grid, work);
     }
 
     /// The kernel of a pass (0 forward, 1 dq, 2 dk and dv), and the rows or keys of a workgroup.
-    fn division_kernel(&self, division: Division, pass: i32) -> (Kernel, usize) {
+    fn division_kernel(&self, gpu: &Gpu, division: Division, pass: i32) -> (Kernel, usize) {
         if division != Division::Lanes {
             return (tiles_kernel(self.head_dim, self.f16, pass), TILE);
         }
-        let (rows, arrays) = match pass {
-            0 => (self.rows(), 2),
-            1 => (self.rows(), 3),
-            _ => (self.keys, 4),
-        };
-        let each = rows_per_thread(rows, self.head_dim, arrays);
-        (
-            lanes_kernel(self.head_dim, self.f16, pass, each),
-            each * LANES,
-        )
+        let each = rows_per_thread(if pass < 2 { self.rows() } else { self.keys });
+        let kernel = shared_loads(gpu, |lanes| {
+            lanes_kernel(self.head_dim, self.f16, pass, each, lanes)
+        });
+        (kernel, each * LANES)
     }
 
     /// A grid of workgroups of `each` rows or keys.
@@ -472,22 +468,19 @@ impl Sizes {
     }
 }
 
-fn lanes_kernel(head_dim: usize, f16: bool, pass: i32, rows: usize) -> Kernel {
+fn lanes_kernel(head_dim: usize, f16: bool, pass: i32, rows: usize, lanes: u32) -> Kernel {
     let file = if pass == 0 {
         "attention"
     } else {
         "attention_backward"
     };
-    // Fewer together in large heads: compiling the unrolled code would take seconds.
-    let together = match (pass, head_dim) {
-        (_, 129..) => 1,
-        (2, _) | (_, 65..) => 2,
-        _ => 4,
-    };
+    // Keys, or rows, of a step. Half as many in large heads: compiling the unrolled code would take seconds.
+    let together = if pass == 0 { 4 } else { 2 } / if head_dim > 96 { 2 } else { 1 };
     kernel(file, head_dim, f16, LANES as u32)
         .def("PASS", pass)
         .def("ROWS", rows as i32)
         .def("KEYS", together)
+        .def("LANES", lanes as i32)
 }
 
 fn tiles_kernel(head_dim: usize, f16: bool, pass: i32) -> Kernel {
@@ -507,9 +500,9 @@ pub fn variants() -> Vec<Kernel> {
     for head_dim in VARIANT_DIMS {
         for f16 in [false, true] {
             all.push(delta_kernel(head_dim, f16));
-            all.push(lanes_kernel(head_dim, f16, 0, 2).flag("HEADS_APART", true));
+            all.push(lanes_kernel(head_dim, f16, 0, 2, 1).flag("HEADS_APART", true));
             for pass in 0..3 {
-                all.push(lanes_kernel(head_dim, f16, pass, 2));
+                all.extend([1, 8].map(|lanes| lanes_kernel(head_dim, f16, pass, 2, lanes)));
                 all.push(tiles_kernel(head_dim, f16, pass));
             }
         }

@@ -213,6 +213,16 @@ pub(crate) fn row_threads(gpu: &Gpu) -> u32 {
     if gpu.tier().cpu { 8 } else { 128 }
 }
 
+/// The kernel for CPU drivers whose workgroups of 8 threads share loads (`wgsl/common/lanes.wgsl`), made for 8 that share
+/// where they are one subgroup and the driver takes it, else for 1.
+pub(crate) fn shared_loads(gpu: &Gpu, kernel: impl Fn(u32) -> Kernel) -> Kernel {
+    let tier = gpu.tier();
+    let shared = (tier.subgroup && tier.subgroup_size == (8, 8)).then(|| kernel(8));
+    shared
+        .filter(|kernel| gpu.compiles(kernel))
+        .unwrap_or_else(|| kernel(1))
+}
+
 /// Completes a kernel that reduces rows of `width` vectors, a workgroup of `threads` a row: how it sums over the workgroup,
 /// and how many vectors a thread keeps in registers where a row fits there.
 pub(crate) fn row_kernel(gpu: &Gpu, kernel: Kernel, width: usize, threads: u32) -> Kernel {

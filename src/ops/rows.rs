@@ -1,7 +1,7 @@
 //! The matrix product for drivers that run on the CPU, shared by matmul and conv2d: operands are
 //! brought into f32 vec4 form where they are not, then one kernel does every product.
 
-use super::{dispatch_work, matmul::limit};
+use super::{dispatch_work, matmul::limit, shared_loads};
 use crate::gpu::Kernel;
 use crate::tensor::{DType, Quantization, QuantizedMatrix, Tensor};
 
@@ -55,13 +55,13 @@ pub(crate) enum Form {
     Column,
 }
 
-/// The kernel, in subgroups of 8 where `broadcast`; `quads`: lines of `c` are whole vec4s.
-pub(crate) fn kernel(form: Form, broadcast: bool, quads: bool, c: DType) -> Kernel {
+/// The kernel, whose loads `lanes` threads share; `quads`: lines of `c` are whole vec4s.
+pub(crate) fn kernel(form: Form, lanes: u32, quads: bool, c: DType) -> Kernel {
     let f16 = c == DType::F16;
     Kernel::new("matmul_rows")
         .flag("COLUMN", form == Form::Column)
         .flag("ALONG", form == Form::Along)
-        .flag("SUBGROUP", broadcast)
+        .def("LANES", lanes as i32)
         .flag("QUADS", quads)
         .flag("F16", f16)
         .flag("C_F16", f16)
@@ -104,12 +104,7 @@ pub(crate) fn product(
     ]
     .iter()
     .all(|v| v.is_multiple_of(4));
-    let tier = a.gpu().tier();
-    let broadcast = form != Form::Column
-        && tier.subgroup
-        && tier.subgroup_size == (8, 8)
-        && a.gpu().compiles(&kernel(form, true, quads, c.dtype()));
-    let kernel = kernel(form, broadcast, quads, c.dtype());
+    let kernel = shared_loads(a.gpu(), |lanes| kernel(form, lanes, quads, c.dtype()));
     dispatch_work(&kernel, &tensors, &params, groups, work);
 }
 
@@ -281,9 +276,8 @@ pub(crate) fn variants() -> Vec<Kernel> {
     let mut kernels = Vec::new();
     for dtype in [DType::F32, DType::F16] {
         for form in [Form::Plain, Form::Along, Form::Column] {
-            let broadcasts = if form == Form::Column { 1 } else { 2 };
-            for broadcast in [false, true].into_iter().take(broadcasts) {
-                kernels.extend([false, true].map(|quads| kernel(form, broadcast, quads, dtype)));
+            for lanes in [1, 8] {
+                kernels.extend([false, true].map(|quads| kernel(form, lanes, quads, dtype)));
             }
         }
     }

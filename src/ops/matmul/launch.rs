@@ -275,7 +275,7 @@ pub(super) fn kernel_of(o: &Operands<'_>, g: &Geometry) -> Kernel {
         Variant::Cooperative(shape) => cooperative::kernel_of(shape, o, g),
         Variant::Rows => {
             let form = if trans[0] { Form::Column } else { Form::Plain };
-            rows::kernel(form, false, false, c)
+            rows::kernel(form, 1, false, c)
         }
     }
 }

@@ -1,14 +1,18 @@
-//! Square f32 products by lavender-wgpu and by burn, on the same adapter and one after the other, and the ratio.
+//! Square f32 products by lavender-wgpu and by burn, on the same adapter and in turns, and the ratio.
 //!
 //! `cargo run --release --manifest-path benches/peers/burn/Cargo.toml -- [--program PATH] [SIZE…]`
 //!
 //! burn picks its adapter itself; where a machine has several, read the names that both print. Its first call of a shape
 //! tunes and compiles and is told apart.
 
-use std::process::Command;
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use burn::tensor::{Device, Distribution, Tensor};
+
+/// How often both are measured: the machine may be faster in one second than in the next.
+const ROUNDS: usize = 5;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut program = "target/release/lavender-wgpu".to_string();
@@ -25,26 +29,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     let folder = std::env::temp_dir().join(format!("burn-peer-{}", std::process::id()));
     std::fs::create_dir_all(&folder)?;
-    let report = folder.join("report.json");
-    let mut ours = Command::new(&program);
-    ours.args(["bench", "kernels", "--json"]).arg(&report);
-    for n in &sizes {
-        ours.args(["--filter", &format!("matmul {n}×{n}×{n} a f32 b f32")]);
-    }
-    if !ours.status()?.success() {
-        return Err(format!("{program} failed").into());
-    }
-    let report: serde_json::Value = serde_json::from_slice(&std::fs::read(&report)?)?;
-    std::fs::remove_dir_all(&folder)?;
-
     let device = Device::wgpu(Default::default());
-    println!("\nburn {} on {device:?}; ours on {}", "0.22.1", report["tier"]["name"]);
-    println!("{:28} {:>10} {:>12} {:>10} {:>8}", "", "ours, ms", "burn first", "burn, ms", "ratio");
+    println!("burn 0.22.1 on {device:?}; the median of {ROUNDS} rounds, in each first ours and then burn");
+    println!("{:28} {:>10} {:>12} {:>10} {:>8}   rounds", "", "ours, ms", "burn first", "burn, ms", "ratio");
     for n in sizes {
         let name = format!("matmul {n}×{n}×{n} a f32 b f32");
-        let kernels = report["kernels"].as_array().ok_or("a report without kernels")?;
-        let kernel = kernels.iter().find(|k| k["name"].as_str().is_some_and(|s| s.contains(&name)));
-        let mine = kernel.and_then(|k| k["median_ms"].as_f64()).ok_or("a size that was not measured")?;
         let random = || Tensor::<2>::random([n, n], Distribution::Default, &device);
         let (a, b) = (random(), random());
         // Reading one number back waits for the product.
@@ -55,13 +44,41 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             start.elapsed().as_secs_f64() * 1e3
         };
         let first = once();
-        let (begin, mut times) = (Instant::now(), Vec::new());
-        while begin.elapsed().as_secs_f64() < 1.0 || times.len() < 5 {
-            times.push(once());
+        let (mut ours, mut burns, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..ROUNDS {
+            let mine = our_millis(&program, &name, &folder.join("report.json"))?;
+            let (begin, mut times) = (Instant::now(), Vec::new());
+            while begin.elapsed().as_secs_f64() < 1.0 || times.len() < 5 {
+                times.push(once());
+            }
+            let its = median(&mut times);
+            ours.push(mine);
+            burns.push(its);
+            ratios.push(its / mine);
         }
-        times.sort_by(f64::total_cmp);
-        let median = times[times.len() / 2];
-        println!("{name:28} {mine:10.2} {first:12.1} {median:10.2} {:7.2}×", median / mine);
+        let rounds: Vec<String> = ratios.iter().map(|ratio| format!("{ratio:.2}")).collect();
+        let [mine, its, ratio] = [&mut ours[..], &mut burns[..], &mut ratios[..]].map(median);
+        println!("{name:28} {mine:10.2} {first:12.1} {its:10.2} {ratio:7.2}×   {}", rounds.join(" "));
     }
+    std::fs::remove_dir_all(&folder)?;
     Ok(())
+}
+
+/// Milliseconds of the kernel of this name, by `program bench`.
+fn our_millis(program: &str, name: &str, report: &Path) -> Result<f64, Box<dyn std::error::Error>> {
+    let mut bench = Command::new(program);
+    bench.args(["bench", "kernels", "--seconds", "1", "--filter", name, "--json"]).arg(report);
+    let run = bench.stdout(Stdio::null()).stderr(Stdio::inherit()).status()?;
+    if !run.success() {
+        return Err(format!("{program} failed").into());
+    }
+    let report: serde_json::Value = serde_json::from_slice(&std::fs::read(report)?)?;
+    let kernels = report["kernels"].as_array().ok_or("a report without kernels")?;
+    let kernel = kernels.iter().find(|k| k["name"].as_str().is_some_and(|s| s.contains(name)));
+    Ok(kernel.and_then(|k| k["median_ms"].as_f64()).ok_or(format!("{name} was not measured"))?)
+}
+
+fn median(times: &mut [f64]) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
 }
