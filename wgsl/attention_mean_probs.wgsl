@@ -1,6 +1,7 @@
 // Mean over heads of the attention probabilities, f32 [B, T, S], from q, k and the log-sum-exp;
-// a thread a query row, its heads one after another, keys uniform over the workgroup.
+// a thread ROWS query rows, their heads one after another, KEYS keys a step, the same for the workgroup.
 #import attention_mask::{Params, visible_keys}
+#import lanes::{LANES, from_lane}
 
 #ifdef F16
 alias Elem = f16;
@@ -18,6 +19,11 @@ alias Stored = Elem;
 const D: u32 = #{D}u;
 const BLOCKS: u32 = #{BLOCKS}u;
 const BLOCK: u32 = #{BLOCK}u;
+const ROWS: u32 = #{ROWS}u;
+const KEYS: u32 = #{KEYS}u;
+const VECTORS: u32 = BLOCKS * BLOCK;
+// Vectors of a step's keys that each of LANES threads loads.
+const LOADS: u32 = (KEYS * VECTORS + LANES - 1u) / LANES;
 
 @group(0) @binding(0) var<storage, read> q: array<Stored>;
 @group(0) @binding(1) var<storage, read> k: array<Stored>;
@@ -63,41 +69,69 @@ fn k4(base: u32, d: u32) -> vec4<f32> {
 
 @compute @workgroup_size(#{WG})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+    let lane = local % LANES;
     let b = group.y;
-    let token = group.x * #{WG}u + local;
-    let row = b * p.queries + min(token, p.queries - 1u);
-    let visible = visible_keys(p, row - b * p.queries);
-    var bits = 0xffffffffu;
-    if p.has_query_bits != 0u {
-        bits = query_bits[row];
+    var tokens: array<u32, ROWS>;
+    var rows: array<u32, ROWS>;
+    var visible: array<u32, ROWS>;
+    var bits: array<u32, ROWS>;
+    for (var r = 0u; r < ROWS; r++) {
+        tokens[r] = (group.x * ROWS + r) * #{WG}u + local;
+        // Tokens past the end repeat the last one; they are not stored.
+        let token = min(tokens[r], p.queries - 1u);
+        rows[r] = b * p.queries + token;
+        visible[r] = visible_keys(p, token);
+        bits[r] = 0xffffffffu;
+        if p.has_query_bits != 0u {
+            bits[r] = query_bits[rows[r]];
+        }
     }
     let share = 1.0 / f32(p.heads);
-    var query: array<array<vec4<f32>, BLOCK>, BLOCKS>;
+    var query: array<array<array<vec4<f32>, ROWS>, BLOCK>, BLOCKS>;
     for (var head = 0u; head < p.heads; head++) {
-        for (var i = 0u; i < BLOCKS; i++) {
-            for (var d = 0u; d < BLOCK; d++) {
-                query[i][d] = q4((row * p.heads + head) * D, i * BLOCK + d) * p.scale;
-            }
-        }
-        let shift = lse[(b * p.heads + head) * p.queries + (row - b * p.queries)];
-        let kv_head = head / (p.heads / p.kv_heads);
-        for (var key = 0u; key < p.keys; key++) {
-            let base = ((b * p.keys + key) * p.kv_heads + kv_head) * D;
-            var score = 0.0;
+        var shift: array<f32, ROWS>;
+        for (var r = 0u; r < ROWS; r++) {
             for (var i = 0u; i < BLOCKS; i++) {
                 for (var d = 0u; d < BLOCK; d++) {
-                    score += dot(query[i][d], k4(base, i * BLOCK + d));
+                    query[i][d][r] = q4((rows[r] * p.heads + head) * D, i * BLOCK + d) * p.scale;
                 }
             }
-            var key_mask = bits;
-            if p.has_key_bits != 0u {
-                key_mask &= key_bits[b * p.keys + key];
+            shift[r] = lse[(b * p.heads + head) * p.queries + (rows[r] - b * p.queries)];
+        }
+        let kv_head = head / (p.heads / p.kv_heads);
+        for (var key = 0u; key < p.keys; key += KEYS) {
+            var held: array<vec4<f32>, LOADS>;
+            for (var l = 0u; l < LOADS; l++) {
+                let i = l * LANES + lane;
+                let place = min(key + i / VECTORS, p.keys - 1u);
+                held[l] = k4(((b * p.keys + place) * p.kv_heads + kv_head) * D, i % VECTORS);
             }
-            let seen = key < visible && key_mask != 0u;
-            if token < p.queries {
-                let at = row * p.keys + key;
-                let before = select(mean[at], 0.0, head == 0u);
-                mean[at] = before + select(0.0, exp(score - shift) * share, seen);
+            var score: array<array<f32, KEYS>, ROWS>;
+            for (var i = 0u; i < BLOCKS; i++) {
+                for (var d = 0u; d < BLOCK; d++) {
+                    for (var j = 0u; j < KEYS; j++) {
+                        let v = j * VECTORS + i * BLOCK + d;
+                        let x = from_lane(held[v / LANES], v % LANES);
+                        for (var r = 0u; r < ROWS; r++) {
+                            score[r][j] += dot(x, query[i][d][r]);
+                        }
+                    }
+                }
+            }
+            for (var j = 0u; j < KEYS; j++) {
+                let place = min(key + j, p.keys - 1u);
+                var mask = 0xffffffffu;
+                if p.has_key_bits != 0u {
+                    mask = key_bits[b * p.keys + place];
+                }
+                for (var r = 0u; r < ROWS; r++) {
+                    if tokens[r] < p.queries && key + j < p.keys {
+                        let seen = place < visible[r] && (mask & bits[r]) != 0u;
+                        let at = rows[r] * p.keys + place;
+                        let before = select(mean[at], 0.0, head == 0u);
+                        mean[at] = before + select(0.0, exp(score[r][j] - shift[r]) * share, seen);
+                    }
+                }
             }
         }
     }

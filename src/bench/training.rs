@@ -84,16 +84,11 @@ pub struct StepTime {
     pub bind_groups: u64,
     /// CPU milliseconds of the thread that records a step, where the system tells.
     pub recording_ms: Option<f64>,
-    /// Device milliseconds within kernels, from timestamps of a second, profiled run; `None` without timestamps.
+    /// Device milliseconds within kernels, from timestamps of another run of the same steps; `None` without timestamps.
     pub kernel_ms: Option<f64>,
-}
-
-impl StepTime {
-    /// The part of a step that no kernel ran in; `None` without timestamps.
-    pub fn overhead(&self) -> Option<f64> {
-        self.kernel_ms
-            .map(|kernels| (1.0 - kernels / self.timing.median_ms).max(0.0))
-    }
+    /// The part of a step of that run in which no kernel ran; a little is the timestamps' own.
+    #[serde(default)]
+    pub outside: Option<f64>,
 }
 
 /// Words whose maps are aligned.
@@ -318,6 +313,10 @@ pub fn run(
     drop(run);
     times.sort_by(f64::total_cmp);
     let median_ms = times[steps / 2];
+    let within = match gpu.tier().timestamps {
+        true => Some(within_kernels(options, setting, dtype, seconds)?),
+        false => None,
+    };
     Ok(StepTime {
         setting,
         tokens,
@@ -334,15 +333,25 @@ pub fn run(
         replayed,
         bind_groups,
         recording_ms,
-        kernel_ms: match gpu.tier().timestamps {
-            true => Some(kernel_ms(options, setting, dtype)?),
-            false => None,
-        },
+        kernel_ms: within.map(|w| w.kernel_ms),
+        outside: within.map(|w| w.outside),
     })
 }
 
-/// Device milliseconds within the kernels of one step, on a second handle that takes timestamps.
-fn kernel_ms(options: &GpuOptions, setting: Setting, dtype: DType) -> Result<f64> {
+/// Time within kernels, of the median step.
+#[derive(Clone, Copy)]
+struct Within {
+    kernel_ms: f64,
+    outside: f64,
+}
+
+/// Steps on a second handle that takes timestamps: what a step's kernels take, and the part of the same step that is left.
+fn within_kernels(
+    options: &GpuOptions,
+    setting: Setting,
+    dtype: DType,
+    seconds: f64,
+) -> Result<Within> {
     let gpu = Gpu::new(&GpuOptions {
         profile: true,
         ..options.clone()
@@ -350,6 +359,17 @@ fn kernel_ms(options: &GpuOptions, setting: Setting, dtype: DType) -> Result<f64
     let mut run = Run::new(&gpu, setting, dtype)?;
     run.step()?;
     gpu.profile();
-    run.step()?;
-    Ok(gpu.profile().iter().map(|op| op.millis).sum())
+    let (begin, mut steps) = (Instant::now(), Vec::new());
+    while again(begin.elapsed().as_secs_f64(), seconds, steps.len()) {
+        let start = Instant::now();
+        run.step()?;
+        let step_ms = start.elapsed().as_secs_f64() * 1e3;
+        let kernel_ms: f64 = gpu.profile().iter().map(|op| op.millis).sum();
+        steps.push(Within {
+            kernel_ms,
+            outside: (1.0 - kernel_ms / step_ms).max(0.0),
+        });
+    }
+    steps.sort_by(|a, b| a.outside.total_cmp(&b.outside));
+    Ok(steps[steps.len() / 2])
 }

@@ -307,11 +307,7 @@ fn time_training(args: &Args, gpu: &Gpu, report: &mut Report, context: &Context)
             timed.dispatches,
             timed.replayed,
             or_dash(each.map(|us| format!("{us:.1}"))),
-            or_dash(
-                timed
-                    .overhead()
-                    .map(|part| format!("{:.1} %", 100.0 * part))
-            )
+            or_dash(timed.outside.map(|part| format!("{:.1} %", 100.0 * part)))
         ))?;
         report.training.push(timed);
     }

@@ -165,10 +165,6 @@ impl Sizes {
     pub fn product(&self) -> u64 {
         2 * (self.batch * self.shape.heads * self.queries * self.keys * self.head_dim) as u64
     }
-
-    pub fn kernel(&self, file: &'static str, threads: u32) -> Kernel {
-        kernel(file, self.head_dim, self.f16, threads)
-    }
 }
 
 /// A kernel for heads of `head_dim`, cut into blocks that drivers unroll.
@@ -223,7 +219,7 @@ const HEADS_APART: u64 = 1 << 20;
 const TILE: usize = 32;
 
 /// Rows, or keys, that a thread of the [`Division::Lanes`] kernels holds where there are `rows`.
-fn rows_per_thread(rows: usize) -> usize {
+pub(super) fn rows_per_thread(rows: usize) -> usize {
     match rows.div_ceil(LANES) {
         0 | 1 => 1,
         2 => 2,
@@ -468,14 +464,18 @@ impl Sizes {
     }
 }
 
+/// Keys of one step of the [`Division::Lanes`] forward. Few in large heads: compiling the unrolled code would take seconds.
+pub(super) fn keys_together(head_dim: usize) -> i32 {
+    if head_dim > 96 { 2 } else { 4 }
+}
+
 fn lanes_kernel(head_dim: usize, f16: bool, pass: i32, rows: usize, lanes: u32) -> Kernel {
     let file = if pass == 0 {
         "attention"
     } else {
         "attention_backward"
     };
-    // Keys, or rows, of a step. Half as many in large heads: compiling the unrolled code would take seconds.
-    let together = if pass == 0 { 4 } else { 2 } / if head_dim > 96 { 2 } else { 1 };
+    let together = keys_together(head_dim) / if pass == 0 { 1 } else { 2 };
     kernel(file, head_dim, f16, LANES as u32)
         .def("PASS", pass)
         .def("ROWS", rows as i32)

@@ -1,7 +1,10 @@
 //! Attention taps: chosen rows × columns of the attention probabilities, with their gradient.
 
-use super::attention::{AttentionMask, AttentionShape, Params, Sizes, VARIANT_DIMS, kernel};
-use super::{THREADS, dispatch_work, linear_groups, row_threads};
+use super::attention::{
+    AttentionMask, AttentionShape, Params, Sizes, VARIANT_DIMS, kernel, keys_together,
+    rows_per_thread,
+};
+use super::{THREADS, dispatch_work, linear_groups, row_threads, shared_loads};
 use crate::gpu::Kernel;
 use crate::tensor::{DType, Tensor};
 
@@ -158,12 +161,21 @@ pub fn attention_mean_probs(
     );
     let query_bits = mask.query_bits.as_ref().unwrap_or(q);
     let key_bits = mask.key_bits.as_ref().unwrap_or(q);
+    let threads = threads(q);
+    let each = if q.gpu().tier().cpu {
+        rows_per_thread(sizes.queries)
+    } else {
+        1
+    };
+    let kernel = shared_loads(q.gpu(), |lanes| {
+        mean_kernel(sizes.head_dim, sizes.f16, threads, each, lanes)
+    });
     dispatch_work(
-        &sizes.kernel("attention_mean_probs", threads(q)),
+        &kernel,
         &[q, k, query_bits, key_bits, lse, &mean],
         &sizes.params(mask),
         [
-            sizes.queries.div_ceil(threads(q) as usize) as u32,
+            sizes.queries.div_ceil(threads as usize * each) as u32,
             sizes.batch as u32,
             1,
         ],
@@ -172,12 +184,19 @@ pub fn attention_mean_probs(
     mean
 }
 
+fn mean_kernel(head_dim: usize, f16: bool, threads: u32, rows: usize, lanes: u32) -> Kernel {
+    kernel("attention_mean_probs", head_dim, f16, threads)
+        .def("ROWS", rows as i32)
+        .def("KEYS", keys_together(head_dim))
+        .def("LANES", lanes as i32)
+}
+
 /// All kinds of kernels of this op.
 pub fn variants() -> Vec<Kernel> {
     let mut all = Vec::new();
     for head_dim in VARIANT_DIMS {
         for f16 in [false, true] {
-            all.push(kernel("attention_mean_probs", head_dim, f16, 8));
+            all.extend([1, 8].map(|lanes| mean_kernel(head_dim, f16, 8, 4, lanes)));
             all.extend([0, 2, 3].map(|pass| tap_kernel(pass, head_dim, f16, 64)));
         }
     }

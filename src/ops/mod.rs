@@ -217,7 +217,8 @@ pub(crate) fn row_threads(gpu: &Gpu) -> u32 {
 /// where they are one subgroup and the driver takes it, else for 1.
 pub(crate) fn shared_loads(gpu: &Gpu, kernel: impl Fn(u32) -> Kernel) -> Kernel {
     let tier = gpu.tier();
-    let shared = (tier.subgroup && tier.subgroup_size == (8, 8)).then(|| kernel(8));
+    let subgroups = tier.cpu && tier.subgroup && tier.subgroup_size == (8, 8);
+    let shared = subgroups.then(|| kernel(8));
     shared
         .filter(|kernel| gpu.compiles(kernel))
         .unwrap_or_else(|| kernel(1))
