@@ -88,27 +88,44 @@ fn terms(sum: vec4<f32>, av: vec4<f32>, bv: mat4x4<f32>) -> vec4<f32> {
 }
 #endif
 
+// Panels of b that workgroups pass over together before they turn to the next rows of a, which then come from a near cache.
+const NEAR = 4u;
+
+// Tile of c of a workgroup.
+fn tile_of(group: vec3<u32>, groups: vec3<u32>) -> vec2<u32> {
+    let i = group.y * groups.x + group.x;
+    let first = i / (NEAR * groups.x) * NEAR;
+    let near = min(NEAR, groups.y - first);
+    let within = i - first * groups.x;
+    return vec2<u32>(within / near, first + within % near);
+}
+
 @compute @workgroup_size(8)
-fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let tile = tile_of(group, groups);
     let loader = lane % LANES;
     let batch = group.z / p.splits;
     let part = group.z % p.splits;
     let per_part = (p.segments + p.splits - 1u) / p.splits;
     let last = min(p.segments, (part + 1u) * per_part);
     let a0 = p.a_start + batch * p.a_batch;
-    let col = group.y * 32u + lane * 4u;
+    let col = tile.y * 32u + lane * 4u;
 #ifdef ALONG
     // Columns past the end repeat the last one; they are not stored.
     let columns = min(vec4<u32>(col) + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(p.n - 1u));
     let b0 = p.b_start + batch * p.b_batch + columns * p.b_row;
     let b_step = 1u;
 #else
-    let b0 = p.b_start + batch * p.b_batch + group.y * p.b_panel + lane + vec4<u32>(0u, 1u, 2u, 3u) * p.b_row;
+    let b0 = p.b_start + batch * p.b_batch + tile.y * p.b_panel + lane + vec4<u32>(0u, 1u, 2u, 3u) * p.b_row;
     let b_step = 4u * p.b_row;
 #endif
     var sum: array<vec4<f32>, ROWS>;
 #ifdef COLUMN
-    let column = a0 + group.x * (ROWS / 4u);
+    let column = a0 + tile.x * (ROWS / 4u);
     for (var s = part * per_part; s < last; s++) {
         let length = min(p.segment, p.k - s * p.segment);
         var a_at = column + (s / p.run) * p.run_stride + (s % p.run) * p.segment_stride;
@@ -155,7 +172,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     for (var l = 0u; l < LOADS; l++) {
         let i = l * LANES + loader;
         // Rows past the end repeat the last one; they are not stored.
-        let row = min(group.x * ROWS + i / ALONG_K, p.m - 1u);
+        let row = min(tile.x * ROWS + i / ALONG_K, p.m - 1u);
         let line = row / p.size_x;
         rows[l] = a0 + (row % p.size_x) * p.stride_x + (line % p.size_y) * p.stride_y
             + (line / p.size_y) * p.stride_image + i % ALONG_K;
@@ -207,7 +224,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
 #endif
     for (var r = 0u; r < ROWS; r++) {
-        let row = group.x * ROWS + r;
+        let row = tile.x * ROWS + r;
         if row < p.m {
             let first = c0 + row * p.ldc + col;
 #ifdef QUADS

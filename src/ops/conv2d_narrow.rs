@@ -71,6 +71,7 @@ pub(super) fn launch(g: &Geometry, [x, w, y]: [&Tensor; 3], bias: Option<&Tensor
             row_stride: 1,
             column_stride: co,
         },
+        ci.next_multiple_of(4),
     );
     let image = x.reshape(&[x.elements() / ci, ci]);
     let image = image.narrow(g.x_start / ci, pixels);

@@ -254,6 +254,7 @@ pub(super) fn launch_weight(g: &Geometry, [x, dy, sums]: [&Tensor; 3], splits: u
             row_stride: 1,
             column_stride: g.stride * padded_channels,
         },
+        line,
     );
     let pixels = g.batch * lines * across;
     let (other, other_start) = window(other, other_start, pixels * columns);

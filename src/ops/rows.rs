@@ -154,6 +154,18 @@ fn pack_kernel(source: DType) -> Kernel {
         .flag("S_BF16", source == DType::Bf16)
 }
 
+/// Whether rows of `elements` start so many bytes apart that all of a workgroup's fall into the same few lines of a processor's
+/// first cache and drive each other out.
+pub(crate) fn collide(elements: usize) -> bool {
+    (elements * 4).is_multiple_of(4096)
+}
+
+/// Elements from one row to the next for rows of `columns`: whole vectors, and a cache line more where they would collide.
+pub(crate) fn row_width(columns: usize) -> usize {
+    let width = columns.next_multiple_of(4);
+    width + if collide(width) { 16 } else { 0 }
+}
+
 /// Bytes that [`panels`] takes.
 pub(crate) fn panel_bytes(blocks: usize, rows: usize, columns: usize) -> usize {
     blocks * rows.next_multiple_of(4) * columns.next_multiple_of(TILE[1]) * 4
@@ -214,9 +226,8 @@ pub(crate) fn unpacked_panels(source: &QuantizedMatrix, s: &Strided) -> Tensor {
     packed
 }
 
-/// `s` as f32 [batch, blocks · rows, columns padded to a multiple of 4], zeros past the edges.
-pub(crate) fn padded_rows(source: &Tensor, s: &Strided) -> Tensor {
-    let width = s.columns.next_multiple_of(4);
+/// `s` as f32 [batch, blocks · rows, `width`], `width` a multiple of 4 that the columns fit in; zeros past the edges.
+pub(crate) fn padded_rows(source: &Tensor, s: &Strided, width: usize) -> Tensor {
     pack(
         source,
         s,
