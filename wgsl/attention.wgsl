@@ -1,5 +1,5 @@
 // Flash attention forward for CPU drivers: query rows in the lanes of a workgroup, ROWS of them a
-// thread, so that every key and value address is uniform; no shared memory, no barrier.
+// thread, keys and values the same for all of them; no shared memory, no barrier.
 // The query heads that share a key/value head are rows side by side: row = token · group + head.
 // q, out [B, T, H·D], k, v [B, S, Hkv·D], or with HEADS_APART [B, Hkv, S, D], lse f32 [B, H, T].
 #import attention_mask::{Params, NOTHING, visible_keys}
@@ -160,7 +160,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 mask[j] = key_bits[group.z * p.keys + place];
             }
         }
-        // The place of each vector that this thread loads: its key, and where in the head.
+        // Where the key begins of each vector that this thread loads.
         var origin: array<u32, LOADS>;
         for (var l = 0u; l < LOADS; l++) {
             let i = l * LANES + lane;

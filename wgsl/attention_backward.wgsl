@@ -1,6 +1,6 @@
 // Flash attention backward for CPU drivers. With P = exp(scale q·k − lse) and dS = P (dO·v − delta):
-// PASS 1: dQ = scale Σ dS k, query rows in the lanes, keys uniform;
-// PASS 2: dK = scale Σ dS q and dV = Σ P dO, keys in the lanes, query rows uniform.
+// PASS 1: dQ = scale Σ dS k, query rows in the lanes, keys the same for all;
+// PASS 2: dK = scale Σ dS q and dV = Σ P dO, keys in the lanes, query rows the same for all.
 // Query rows in the order of attention.wgsl. lse and delta f32 [B, H, T].
 #import attention_mask::{Params, visible_keys, first_query}
 #import lanes::{LANES, from_lane}
@@ -209,7 +209,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 mask[j] = key_bits[group.z * p.keys + place];
             }
         }
-        // The place of each vector that this thread loads: its key, and where in the head.
+        // Where the key begins of each vector that this thread loads.
         var origin: array<u32, LOADS>;
         for (var l = 0u; l < LOADS; l++) {
             let i = l * LANES + lane;
@@ -333,7 +333,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 dscore[r][j] = -delta[place];
             }
         }
-        // The place of each vector that this thread loads: its row, and where in the head.
+        // Where the row begins of each vector that this thread loads.
         var origin: array<u32, LOADS>;
         for (var l = 0u; l < LOADS; l++) {
             let i = l * LANES + lane;

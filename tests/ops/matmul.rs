@@ -203,6 +203,28 @@ fn a_long_sum_into_a_small_result_is_split_and_exact() {
     }
 }
 
+/// Rows of 4,096 bytes, which CPU drivers copy apart; 17 panels of 32 columns, which they pass over in fours.
+#[test]
+fn rows_that_collide_in_a_cache_and_many_panels_match_f64() {
+    let mut rng = rng(4);
+    for (a_batched, trans_a) in [(false, false), (true, false), (false, true)] {
+        let case = Case {
+            batch: if a_batched { 2 } else { 1 },
+            m: 37,
+            n: 523,
+            k: 1024,
+            trans_a,
+            trans_b: false,
+            a_batched,
+            b_batched: false,
+            a: DType::F32,
+            b: DType::F32,
+        };
+        check(None, case, &mut rng);
+        check(Some(Variant::Rows), case, &mut rng);
+    }
+}
+
 #[test]
 fn the_output_dtype_can_differ() {
     if !gpu().tier().f16 {
