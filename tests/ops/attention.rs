@@ -1,6 +1,8 @@
+use lavender_wgpu::gpu::{Gpu, GpuOptions};
 use lavender_wgpu::ops::attention::{
     AttentionMask, AttentionShape, Division, Forward, attention_backward_with, attention_with,
 };
+use lavender_wgpu::ops::attention_tap::attention_mean_probs;
 use lavender_wgpu::tensor::{DType, Tensor};
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
@@ -379,5 +381,53 @@ fn long_keys_give_the_same_in_both_divisions() {
     for (lanes, tiles) in [(lanes, tiles), (lanes_lse, tiles_lse)] {
         let expected: Vec<f64> = tiles.to_f32().unwrap().iter().map(|&v| v.into()).collect();
         assert_close("long keys", &lanes, &expected);
+    }
+}
+
+/// Without subgroups each thread loads what it needs itself.
+#[test]
+fn a_portable_adapter_gives_the_same_output_gradients_and_averages() {
+    let portable = Gpu::new(&GpuOptions {
+        portable: true,
+        checked: true,
+        ..GpuOptions::default()
+    })
+    .expect("an adapter");
+    assert!(!portable.tier().subgroup);
+    let mut rng = rng(78);
+    for head_dim in [12, 132] {
+        let [queries, keys] = [[1, 41, 2 * head_dim], [1, 38, 2 * head_dim]];
+        let drawn = [queries, keys, keys, queries].map(|shape: [usize; 3]| {
+            let values = uniform(&mut rng, shape.iter().product());
+            (values, shape)
+        });
+        let run = |gpu: &Gpu| {
+            let [q, k, v, dout] = drawn
+                .each_ref()
+                .map(|(values, shape)| Tensor::from_f32(gpu, values, shape));
+            let shape = AttentionShape {
+                heads: 2,
+                kv_heads: 2,
+                scale: 0.5,
+            };
+            let (mask, lanes) = (AttentionMask::causal(), Some(Division::Lanes));
+            let (out, lse) = attention_with(&q, &k, &v, shape, &mask, lanes);
+            let forward = Forward {
+                q: &q,
+                k: &k,
+                v: &v,
+                out: &out,
+                lse: &lse,
+            };
+            let (dq, dk, dv) =
+                attention_backward_with(forward, Some(&dout), &[], shape, &mask, lanes);
+            let mean = attention_mean_probs(&q, &k, &lse, shape, &mask);
+            [out, dq, dk, dv, mean]
+        };
+        for (ours, portable) in run(gpu()).iter().zip(&run(&portable)) {
+            let expected = ours.to_f32().expect("readable");
+            let expected: Vec<f64> = expected.iter().map(|&v| v.into()).collect();
+            assert_close("portable", portable, &expected);
+        }
     }
 }
