@@ -3,6 +3,7 @@
 // The query heads that share a key/value head are rows side by side: row = token · group + head.
 // q, out [B, T, H·D], k, v [B, S, Hkv·D], or with HEADS_APART [B, Hkv, S, D], lse f32 [B, H, T].
 #import attention_mask::{Params, NOTHING, visible_keys}
+#import attention_lanes::{STEP, BLOCKS, BLOCK, VECTORS, LOADS, origins}
 #import lanes::{LANES, from_lane}
 
 #ifdef F16
@@ -20,14 +21,6 @@ alias Stored = Elem;
 
 const D: u32 = #{D}u;
 const ROWS: u32 = #{ROWS}u;
-// Keys of one step.
-const KEYS: u32 = #{KEYS}u;
-// A head is BLOCKS × BLOCK vec4s, so that each loop is short enough to be unrolled by the driver.
-const BLOCKS: u32 = #{BLOCKS}u;
-const BLOCK: u32 = #{BLOCK}u;
-const VECTORS: u32 = BLOCKS * BLOCK;
-// Vectors of a step's keys, or values, that each of LANES threads loads.
-const LOADS: u32 = (KEYS * VECTORS + LANES - 1u) / LANES;
 alias Held = array<vec4<f32>, LOADS>;
 alias Head = array<array<array<vec4<f32>, ROWS>, BLOCK>, BLOCKS>;
 
@@ -149,10 +142,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     // No row of this workgroup sees a key past its last row's.
     let last_token = min(first + ROWS * #{WG}u, rows) - 1u;
     let end = visible_keys(p, last_token / shared_heads);
-    for (var key = 0u; key < end; key += KEYS) {
-        var at: array<u32, KEYS>;
-        var mask: array<u32, KEYS>;
-        for (var j = 0u; j < KEYS; j++) {
+    for (var key = 0u; key < end; key += STEP) {
+        var at: array<u32, STEP>;
+        var mask: array<u32, STEP>;
+        for (var j = 0u; j < STEP; j++) {
             let place = min(key + j, p.keys - 1u);
             at[j] = kv_base + place * kv_step;
             mask[j] = 0xffffffffu;
@@ -160,28 +153,20 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 mask[j] = key_bits[group.z * p.keys + place];
             }
         }
-        // Where the key begins of each vector that this thread loads.
-        var origin: array<u32, LOADS>;
-        for (var l = 0u; l < LOADS; l++) {
-            let i = l * LANES + lane;
-            origin[l] = at[0];
-            for (var j = 1u; j < KEYS; j++) {
-                origin[l] = select(origin[l], at[j], i >= j * VECTORS);
-            }
-        }
+        let origin = origins(at, lane);
         var held: Held;
         for (var l = 0u; l < LOADS; l++) {
             held[l] = k4(origin[l], (l * LANES + lane) % VECTORS);
         }
-        var score: array<array<f32, KEYS>, ROWS>;
+        var score: array<array<f32, STEP>, ROWS>;
         for (var r = 0u; r < ROWS; r++) {
-            for (var j = 0u; j < KEYS; j++) {
+            for (var j = 0u; j < STEP; j++) {
                 score[r][j] = 0.0;
             }
         }
         for (var b = 0u; b < BLOCKS; b++) {
             for (var d = 0u; d < BLOCK; d++) {
-                for (var j = 0u; j < KEYS; j++) {
+                for (var j = 0u; j < STEP; j++) {
                     let i = j * VECTORS + b * BLOCK + d;
                     let x = from_lane(held[i / LANES], i % LANES);
                     for (var r = 0u; r < ROWS; r++) {
@@ -193,7 +178,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         var old: array<f32, ROWS>;
         for (var r = 0u; r < ROWS; r++) {
             var next = peak[r];
-            for (var j = 0u; j < KEYS; j++) {
+            for (var j = 0u; j < STEP; j++) {
                 if key + j >= visible[r] || (mask[j] & bits[r]) == 0u {
                     score[r][j] = NOTHING;
                 }
@@ -202,7 +187,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             old[r] = exp(peak[r] - next);
             peak[r] = next;
             sum[r] *= old[r];
-            for (var j = 0u; j < KEYS; j++) {
+            for (var j = 0u; j < STEP; j++) {
                 // Not exp(NOTHING − next): that is 1 while the row has seen no key.
                 score[r][j] = select(exp(score[r][j] - next), 0.0, score[r][j] == NOTHING);
                 sum[r] += score[r][j];
@@ -217,7 +202,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 for (var r = 0u; r < ROWS; r++) {
                     step[r] = sum_of_values[b][d][r] * old[r];
                 }
-                for (var j = 0u; j < KEYS; j++) {
+                for (var j = 0u; j < STEP; j++) {
                     let i = j * VECTORS + b * BLOCK + d;
                     let x = from_lane(held[i / LANES], i % LANES);
                     for (var r = 0u; r < ROWS; r++) {

@@ -3,6 +3,7 @@
 // PASS 2: dK = scale Σ dS q and dV = Σ P dO, keys in the lanes, query rows the same for all.
 // Query rows in the order of attention.wgsl. lse and delta f32 [B, H, T].
 #import attention_mask::{Params, visible_keys, first_query}
+#import attention_lanes::{STEP, BLOCKS, BLOCK, VECTORS, LOADS, origins}
 #import lanes::{LANES, from_lane}
 
 #ifdef F16
@@ -21,13 +22,6 @@ alias Stored = Elem;
 const D: u32 = #{D}u;
 // Rows (PASS 1) or keys (PASS 2) a thread.
 const ROWS: u32 = #{ROWS}u;
-// Keys (PASS 1) or rows (PASS 2) of one step.
-const STEP: u32 = #{KEYS}u;
-const BLOCKS: u32 = #{BLOCKS}u;
-const BLOCK: u32 = #{BLOCK}u;
-const VECTORS: u32 = BLOCKS * BLOCK;
-// Vectors of a step's keys or rows that each of LANES threads loads.
-const LOADS: u32 = (STEP * VECTORS + LANES - 1u) / LANES;
 alias Held = array<vec4<f32>, LOADS>;
 alias Head = array<array<array<vec4<f32>, ROWS>, BLOCK>, BLOCKS>;
 
@@ -209,15 +203,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 mask[j] = key_bits[group.z * p.keys + place];
             }
         }
-        // Where the key begins of each vector that this thread loads.
-        var origin: array<u32, LOADS>;
-        for (var l = 0u; l < LOADS; l++) {
-            let i = l * LANES + lane;
-            origin[l] = at[0];
-            for (var j = 1u; j < STEP; j++) {
-                origin[l] = select(origin[l], at[j], i >= j * VECTORS);
-            }
-        }
+        let origin = origins(at, lane);
         var keys: Held;
         var values: Held;
         for (var l = 0u; l < LOADS; l++) {
@@ -333,15 +319,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 dscore[r][j] = -delta[place];
             }
         }
-        // Where the row begins of each vector that this thread loads.
-        var origin: array<u32, LOADS>;
-        for (var l = 0u; l < LOADS; l++) {
-            let i = l * LANES + lane;
-            origin[l] = at[0];
-            for (var j = 1u; j < STEP; j++) {
-                origin[l] = select(origin[l], at[j], i >= j * VECTORS);
-            }
-        }
+        let origin = origins(at, lane);
         var queries: Held;
         var upstream: Held;
         for (var l = 0u; l < LOADS; l++) {

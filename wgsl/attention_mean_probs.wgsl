@@ -1,6 +1,7 @@
 // Mean over heads of the attention probabilities, f32 [B, T, S], from q, k and the log-sum-exp;
-// a thread ROWS query rows, their heads one after another, KEYS keys a step, the same for the workgroup.
+// a thread ROWS query rows, their heads one after another, STEP keys a step, the same for the workgroup.
 #import attention_mask::{Params, visible_keys}
+#import attention_lanes::{STEP, BLOCKS, BLOCK, VECTORS, LOADS}
 #import lanes::{LANES, from_lane}
 
 #ifdef F16
@@ -17,13 +18,7 @@ alias Stored = Elem;
 #endif
 
 const D: u32 = #{D}u;
-const BLOCKS: u32 = #{BLOCKS}u;
-const BLOCK: u32 = #{BLOCK}u;
 const ROWS: u32 = #{ROWS}u;
-const KEYS: u32 = #{KEYS}u;
-const VECTORS: u32 = BLOCKS * BLOCK;
-// Vectors of a step's keys that each of LANES threads loads.
-const LOADS: u32 = (KEYS * VECTORS + LANES - 1u) / LANES;
 
 @group(0) @binding(0) var<storage, read> q: array<Stored>;
 @group(0) @binding(1) var<storage, read> k: array<Stored>;
@@ -99,17 +94,17 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             shift[r] = lse[(b * p.heads + head) * p.queries + (rows[r] - b * p.queries)];
         }
         let kv_head = head / (p.heads / p.kv_heads);
-        for (var key = 0u; key < p.keys; key += KEYS) {
+        for (var key = 0u; key < p.keys; key += STEP) {
             var held: array<vec4<f32>, LOADS>;
             for (var l = 0u; l < LOADS; l++) {
                 let i = l * LANES + lane;
                 let place = min(key + i / VECTORS, p.keys - 1u);
                 held[l] = k4(((b * p.keys + place) * p.kv_heads + kv_head) * D, i % VECTORS);
             }
-            var score: array<array<f32, KEYS>, ROWS>;
+            var score: array<array<f32, STEP>, ROWS>;
             for (var i = 0u; i < BLOCKS; i++) {
                 for (var d = 0u; d < BLOCK; d++) {
-                    for (var j = 0u; j < KEYS; j++) {
+                    for (var j = 0u; j < STEP; j++) {
                         let v = j * VECTORS + i * BLOCK + d;
                         let x = from_lane(held[v / LANES], v % LANES);
                         for (var r = 0u; r < ROWS; r++) {
@@ -118,7 +113,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                     }
                 }
             }
-            for (var j = 0u; j < KEYS; j++) {
+            for (var j = 0u; j < STEP; j++) {
                 let place = min(key + j, p.keys - 1u);
                 var mask = 0xffffffffu;
                 if p.has_key_bits != 0u {
