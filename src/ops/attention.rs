@@ -184,7 +184,7 @@ pub(super) fn kernel(file: &'static str, head_dim: usize, f16: bool, threads: u3
 /// How the kernels divide the work.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Division {
-    /// Rows in the lanes of small workgroups, uniform addresses, no shared memory: CPU drivers.
+    /// Rows in the lanes of small workgroups, the same keys for all of them, no shared memory: CPU drivers.
     Lanes,
     /// Tiles in shared memory: GPUs.
     Tiles,
