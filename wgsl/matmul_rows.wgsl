@@ -1,7 +1,8 @@
 // c = a·b + bias + residual for software drivers that run on the CPU, where shared memory, barriers and loads are slow:
-// 16 rows × 4 columns of sums a thread, 8 threads side by side that share what they load of a. Every step adds eight terms to
+// ROWS × 4 columns of sums a thread, 8 threads side by side that share what they load of a. Every step adds eight terms to
 // every sum (COLUMN: four): the driver blends sums with its execution mask once per iteration, so longer iterations are
-// cheaper, until the code is too long for the processor's caches.
+// cheaper, until the code is too long for the processor's caches. Loads are gathers of some 25 micro-operations: more rows
+// use what is loaded of b more often, and where they lie between other rows' terms the processor does both at once.
 //
 // a is described by strides so that convolution is the same product over a padded image: k runs over segments, each adds
 // `segment_stride` to an address and every `run` of them `run_stride`. Row form (a's rows are contiguous along k): row →
@@ -63,23 +64,29 @@ struct Params {
 @group(0) @binding(4) var<storage, read> residual: array<CElem>;
 var<immediate> p: Params;
 
-const ROWS = 16u;
+const ROWS: u32 = #{ROWS}u;
 #ifdef COLUMN
 // Vectors of a that each of LANES threads loads for four k.
 const LOADS: u32 = ROWS / LANES;
 #else
-// Vectors along k of each of a's rows in one step, and those that each of LANES threads loads.
+// Vectors along k of each of a's rows in one step.
 const ALONG_K = 2u;
-const LOADS: u32 = ROWS * ALONG_K / LANES;
+// Rows whose loads are shared, and vectors of them that each of LANES threads loads.
+const SHARED = 4u;
+const LOADS: u32 = SHARED * ALONG_K / LANES;
+const BLOCKS: u32 = ROWS / SHARED;
 
-// Four k of b for this thread's columns.
-fn lines(at: vec4<u32>) -> mat4x4<f32> {
-    let loaded = mat4x4<f32>(b[at.x], b[at.y], b[at.z], b[at.w]);
+// Four k of b for this thread's columns, of what is loaded along its lines.
+fn turned(loaded: mat4x4<f32>) -> mat4x4<f32> {
 #ifdef ALONG
     return transpose(loaded);
 #else
     return loaded;
 #endif
+}
+
+fn lines(at: vec4<u32>) -> mat4x4<f32> {
+    return turned(mat4x4<f32>(b[at.x], b[at.y], b[at.z], b[at.w]));
 }
 
 fn terms(sum: vec4<f32>, av: vec4<f32>, bv: mat4x4<f32>) -> vec4<f32> {
@@ -168,8 +175,8 @@ fn main(
         }
     }
 #else
-    var rows: array<u32, LOADS>;
-    for (var l = 0u; l < LOADS; l++) {
+    var rows: array<u32, LOADS * BLOCKS>;
+    for (var l = 0u; l < LOADS * BLOCKS; l++) {
         let i = l * LANES + loader;
         // Rows past the end repeat the last one; they are not stored.
         let row = min(tile.x * ROWS + i / ALONG_K, p.m - 1u);
@@ -183,32 +190,54 @@ fn main(
         var b_at = s * (p.segment / 4u) * b_step;
         var k = 0u;
         for (; k + ALONG_K <= length; k += ALONG_K) {
+            let first = lines(b0 + b_at);
             var held: array<vec4<f32>, LOADS>;
+            // Of the rows after those.
+            var ahead: array<vec4<f32>, LOADS>;
             for (var l = 0u; l < LOADS; l++) {
                 held[l] = a[rows[l] + a_at];
+                ahead[l] = a[rows[LOADS + l] + a_at];
             }
-            var bv: array<mat4x4<f32>, ALONG_K>;
-            for (var u = 0u; u < ALONG_K; u++) {
-                bv[u] = lines(b0 + b_at + u * b_step);
+            var loaded: mat4x4<f32>;
+            for (var r = 0u; r < SHARED; r++) {
+                let i = r * ALONG_K;
+                sum[r] = terms(sum[r], from_lane(held[i / LANES], i % LANES), first);
+                loaded[r] = b[b0[r] + b_at + b_step];
             }
-            for (var r = 0u; r < ROWS; r++) {
-                for (var u = 0u; u < ALONG_K; u++) {
-                    let i = r * ALONG_K + u;
-                    sum[r] = terms(sum[r], from_lane(held[i / LANES], i % LANES), bv[u]);
+            let second = turned(loaded);
+            for (var r = 0u; r < SHARED; r++) {
+                let i = r * ALONG_K + 1u;
+                sum[r] = terms(sum[r], from_lane(held[i / LANES], i % LANES), second);
+            }
+            for (var block = 1u; block < BLOCKS; block++) {
+                held = ahead;
+                if block + 1u < BLOCKS {
+                    for (var l = 0u; l < LOADS; l++) {
+                        ahead[l] = a[rows[(block + 1u) * LOADS + l] + a_at];
+                    }
+                }
+                for (var q = 0u; q < SHARED; q++) {
+                    let r = block * SHARED + q;
+                    let i = q * ALONG_K;
+                    sum[r] = terms(sum[r], from_lane(held[i / LANES], i % LANES), first);
+                    sum[r] = terms(sum[r], from_lane(held[(i + 1u) / LANES], (i + 1u) % LANES), second);
                 }
             }
             a_at += ALONG_K;
             b_at += ALONG_K * b_step;
         }
         if k < length {
-            var held: array<vec4<f32>, LOADS>;
-            for (var l = 0u; l < LOADS; l++) {
-                held[l] = a[rows[l] + a_at];
-            }
-            let bv = lines(b0 + b_at);
-            for (var r = 0u; r < ROWS; r++) {
-                let i = r * ALONG_K;
-                sum[r] = terms(sum[r], from_lane(held[i / LANES], i % LANES), bv);
+            let first = lines(b0 + b_at);
+            for (var block = 0u; block < BLOCKS; block++) {
+                var held: array<vec4<f32>, LOADS>;
+                for (var l = 0u; l < LOADS; l++) {
+                    held[l] = a[rows[block * LOADS + l] + a_at];
+                }
+                for (var q = 0u; q < SHARED; q++) {
+                    let r = block * SHARED + q;
+                    let i = q * ALONG_K;
+                    sum[r] = terms(sum[r], from_lane(held[i / LANES], i % LANES), first);
+                }
             }
         }
     }

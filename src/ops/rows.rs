@@ -5,8 +5,11 @@ use super::{dispatch_work, matmul::limit, shared_loads};
 use crate::gpu::Kernel;
 use crate::tensor::{DType, Quantization, QuantizedMatrix, Tensor};
 
-/// Rows and columns of `c` that a workgroup of `matmul_rows` computes.
+/// Rows and columns of `c` that a workgroup of `matmul_rows` computes, at the least.
 pub(crate) const TILE: [usize; 2] = [16, 32];
+
+/// Rows where `c` has many: they use what is loaded of `b` more often.
+const TALL: usize = 32;
 
 /// Rows of `a` from which packing `b` pays: its own rows lie pages apart, or a power of two, and share a cache's few places.
 pub(crate) const PACKED_ROWS: usize = 256;
@@ -55,10 +58,21 @@ pub(crate) enum Form {
     Column,
 }
 
-/// The kernel, whose loads `lanes` threads share; `quads`: lines of `c` are whole vec4s.
-pub(crate) fn kernel(form: Form, lanes: u32, quads: bool, c: DType) -> Kernel {
+/// Rows of a workgroup, for `m` in all: [`TALL`] unless their last tile is much emptier.
+fn tile_rows(form: Form, m: usize) -> usize {
+    let [tall, short] = [TALL, TILE[0]].map(|rows| m.next_multiple_of(rows));
+    if form != Form::Column && 10 * tall <= 11 * short {
+        TALL
+    } else {
+        TILE[0]
+    }
+}
+
+/// The kernel of `rows` a workgroup, whose loads `lanes` threads share; `quads`: lines of `c` are whole vec4s.
+pub(crate) fn kernel(form: Form, rows: usize, lanes: u32, quads: bool, c: DType) -> Kernel {
     let f16 = c == DType::F16;
     Kernel::new("matmul_rows")
+        .def("ROWS", rows as i32)
         .flag("COLUMN", form == Form::Column)
         .flag("ALONG", form == Form::Along)
         .def("LANES", lanes as i32)
@@ -76,13 +90,14 @@ pub(crate) fn product(
     params: &RowsParams,
     batch: usize,
 ) {
-    let row_tiles = (params.m as usize).div_ceil(TILE[0]);
+    let rows = tile_rows(form, params.m as usize);
+    let row_tiles = (params.m as usize).div_ceil(rows);
     let groups = [
         row_tiles as u32,
         (params.n as usize).div_ceil(TILE[1]) as u32,
         batch as u32 * params.splits,
     ];
-    let work = 2 * (row_tiles * TILE[0] * batch) as u64 * u64::from(params.n) * u64::from(params.k);
+    let work = 2 * (row_tiles * rows * batch) as u64 * u64::from(params.n) * u64::from(params.k);
     let params = RowsParams {
         run: if params.run == 0 {
             params.segments.max(1)
@@ -104,7 +119,7 @@ pub(crate) fn product(
     ]
     .iter()
     .all(|v| v.is_multiple_of(4));
-    let kernel = shared_loads(a.gpu(), |lanes| kernel(form, lanes, quads, c.dtype()));
+    let kernel = shared_loads(a.gpu(), |lanes| kernel(form, rows, lanes, quads, c.dtype()));
     dispatch_work(&kernel, &tensors, &params, groups, work);
 }
 
@@ -286,9 +301,15 @@ pub(crate) fn pack_limit(t: &Tensor) -> usize {
 pub(crate) fn variants() -> Vec<Kernel> {
     let mut kernels = Vec::new();
     for dtype in [DType::F32, DType::F16] {
-        for form in [Form::Plain, Form::Along, Form::Column] {
+        for (form, rows) in [
+            (Form::Plain, TILE[0]),
+            (Form::Plain, TALL),
+            (Form::Along, TILE[0]),
+            (Form::Along, TALL),
+            (Form::Column, TILE[0]),
+        ] {
             for lanes in [1, 8] {
-                kernels.extend([false, true].map(|quads| kernel(form, lanes, quads, dtype)));
+                kernels.extend([false, true].map(|quads| kernel(form, rows, lanes, quads, dtype)));
             }
         }
     }

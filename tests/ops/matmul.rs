@@ -225,6 +225,36 @@ fn rows_that_collide_in_a_cache_and_many_panels_match_f64() {
     }
 }
 
+/// Workgroups of 16 rows and of 32, the last of them partly outside; k with and without a last half step.
+#[test]
+fn short_and_tall_tiles_match_f64_at_their_edges() {
+    let mut rng = rng(8);
+    for (m, k) in [
+        (17, 36),
+        (31, 40),
+        (33, 68),
+        (63, 44),
+        (157, 72),
+        (303, 100),
+    ] {
+        for (trans_a, trans_b) in [(false, false), (false, true), (true, false)] {
+            let case = Case {
+                batch: 2,
+                m,
+                n: 41,
+                k,
+                trans_a,
+                trans_b,
+                a_batched: true,
+                b_batched: false,
+                a: DType::F32,
+                b: DType::F32,
+            };
+            check(Some(Variant::Rows), case, &mut rng);
+        }
+    }
+}
+
 #[test]
 fn the_output_dtype_can_differ() {
     if !gpu().tier().f16 {

@@ -285,7 +285,7 @@ pub(super) fn kernel_of(o: &Operands<'_>, g: &Geometry) -> Kernel {
         Variant::Cooperative(shape) => cooperative::kernel_of(shape, o, g),
         Variant::Rows => {
             let form = if trans[0] { Form::Column } else { Form::Plain };
-            rows::kernel(form, 1, false, c)
+            rows::kernel(form, rows::TILE[0], 1, false, c)
         }
     }
 }
