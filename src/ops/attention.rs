@@ -451,7 +451,7 @@ impl Sizes {
             return (tiles_kernel(self.head_dim, self.f16, pass), TILE);
         }
         let each = rows_per_thread(if pass < 2 { self.rows() } else { self.keys });
-        let kernel = shared_loads(gpu, |lanes| {
+        let (kernel, _) = shared_loads(gpu, |lanes| {
             lanes_kernel(self.head_dim, self.f16, pass, each, lanes)
         });
         (kernel, each * LANES)

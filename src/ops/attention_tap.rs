@@ -167,7 +167,7 @@ pub fn attention_mean_probs(
     } else {
         1
     };
-    let kernel = shared_loads(q.gpu(), |lanes| {
+    let (kernel, _) = shared_loads(q.gpu(), |lanes| {
         mean_kernel(sizes.head_dim, sizes.f16, threads, each, lanes)
     });
     dispatch_work(

@@ -214,14 +214,14 @@ pub(crate) fn row_threads(gpu: &Gpu) -> u32 {
 }
 
 /// The kernel for CPU drivers whose workgroups of 8 threads share loads (`wgsl/common/lanes.wgsl`), made for 8 that share
-/// where they are one subgroup and the driver takes it, else for 1.
-pub(crate) fn shared_loads(gpu: &Gpu, kernel: impl Fn(u32) -> Kernel) -> Kernel {
+/// where they are one subgroup and the driver takes it, else for 1; and for how many it was made.
+pub(crate) fn shared_loads(gpu: &Gpu, kernel: impl Fn(u32) -> Kernel) -> (Kernel, u32) {
     let tier = gpu.tier();
     let subgroups = tier.cpu && tier.subgroup && tier.subgroup_size == (8, 8);
     let shared = subgroups.then(|| kernel(8));
     shared
         .filter(|kernel| gpu.compiles(kernel))
-        .unwrap_or_else(|| kernel(1))
+        .map_or_else(|| (kernel(1), 1), |kernel| (kernel, 8))
 }
 
 /// Completes a kernel that reduces rows of `width` vectors, a workgroup of `threads` a row: how it sums over the workgroup,

@@ -8,7 +8,8 @@ use crate::tensor::{DType, Quantization, QuantizedMatrix, Tensor};
 /// Rows and columns of `c` that a workgroup of `matmul_rows` computes, at the least.
 pub(crate) const TILE: [usize; 2] = [16, 32];
 
-/// Rows where `c` has many: they use what is loaded of `b` more often.
+/// Rows where `c` has many and loads are shared: they use what is loaded of `b` more often. Where each thread loads all of `a`
+/// itself, the driver does not unroll loops over so many.
 const TALL: usize = 32;
 
 /// Rows of `a` from which packing `b` pays: its own rows lie pages apart, or a power of two, and share a cache's few places.
@@ -58,10 +59,10 @@ pub(crate) enum Form {
     Column,
 }
 
-/// Rows of a workgroup, for `m` in all: [`TALL`] unless their last tile is much emptier.
-fn tile_rows(form: Form, m: usize) -> usize {
+/// Rows of a workgroup whose loads `lanes` threads share, for `m` in all: [`TALL`] unless their last tile is much emptier.
+fn tile_rows(form: Form, lanes: u32, m: usize) -> usize {
     let [tall, short] = [TALL, TILE[0]].map(|rows| m.next_multiple_of(rows));
-    if form != Form::Column && 10 * tall <= 11 * short {
+    if form != Form::Column && lanes > 1 && 10 * tall <= 11 * short {
         TALL
     } else {
         TILE[0]
@@ -90,8 +91,21 @@ pub(crate) fn product(
     params: &RowsParams,
     batch: usize,
 ) {
-    let rows = tile_rows(form, params.m as usize);
-    let row_tiles = (params.m as usize).div_ceil(rows);
+    let m = params.m as usize;
+    let quads = [
+        params.n,
+        params.ldc,
+        params.c_start,
+        params.c_batch,
+        params.bias_start,
+    ]
+    .iter()
+    .all(|v| v.is_multiple_of(4));
+    let (kernel, lanes) = shared_loads(a.gpu(), |lanes| {
+        kernel(form, tile_rows(form, lanes, m), lanes, quads, c.dtype())
+    });
+    let rows = tile_rows(form, lanes, m);
+    let row_tiles = m.div_ceil(rows);
     let groups = [
         row_tiles as u32,
         (params.n as usize).div_ceil(TILE[1]) as u32,
@@ -110,16 +124,6 @@ pub(crate) fn product(
     };
     // Absent operands are bound to something; the flags keep them unread.
     let tensors = [a, b, c, bias.unwrap_or(a), residual.unwrap_or(a)];
-    let quads = [
-        params.n,
-        params.ldc,
-        params.c_start,
-        params.c_batch,
-        params.bias_start,
-    ]
-    .iter()
-    .all(|v| v.is_multiple_of(4));
-    let kernel = shared_loads(a.gpu(), |lanes| kernel(form, rows, lanes, quads, c.dtype()));
     dispatch_work(&kernel, &tensors, &params, groups, work);
 }
 
@@ -301,14 +305,9 @@ pub(crate) fn pack_limit(t: &Tensor) -> usize {
 pub(crate) fn variants() -> Vec<Kernel> {
     let mut kernels = Vec::new();
     for dtype in [DType::F32, DType::F16] {
-        for (form, rows) in [
-            (Form::Plain, TILE[0]),
-            (Form::Plain, TALL),
-            (Form::Along, TILE[0]),
-            (Form::Along, TALL),
-            (Form::Column, TILE[0]),
-        ] {
-            for lanes in [1, 8] {
+        for form in [Form::Plain, Form::Along, Form::Column] {
+            let tall = (form != Form::Column).then_some((TALL, 8));
+            for (rows, lanes) in [(TILE[0], 1), (TILE[0], 8)].into_iter().chain(tall) {
                 kernels.extend([false, true].map(|quads| kernel(form, rows, lanes, quads, dtype)));
             }
         }
