@@ -5,8 +5,9 @@
 // use what is loaded of b more often, and where they lie between other rows' terms the processor does both at once.
 //
 // a is described by strides so that convolution is the same product over a padded image: k runs over segments, each adds
-// `segment_stride` to an address and every `run` of them `run_stride`. Row form (a's rows are contiguous along k): row →
-// (image, y, x) gives the row's address. COLUMN form (contiguous along m): k within a segment steps by `stride_x`.
+// `segment_stride` to an address and every `run` of them `run_stride`. Row form (a's rows are contiguous along k): rows lie
+// `stride_x` apart or, with IMAGE, row → (image, y, x) gives the address, by divisions that the driver does lane after lane.
+// COLUMN form (contiguous along m): k within a segment steps by `stride_x`.
 //
 // ALONG (row form): b's columns are contiguous along k, `b_row` apart, as a linear layer's weight or an image's pixels are.
 //
@@ -180,9 +181,13 @@ fn main(
         let i = l * LANES + loader;
         // Rows past the end repeat the last one; they are not stored.
         let row = min(tile.x * ROWS + i / ALONG_K, p.m - 1u);
+#ifdef IMAGE
         let line = row / p.size_x;
         rows[l] = a0 + (row % p.size_x) * p.stride_x + (line % p.size_y) * p.stride_y
             + (line / p.size_y) * p.stride_image + i % ALONG_K;
+#else
+        rows[l] = a0 + row * p.stride_x + i % ALONG_K;
+#endif
     }
     for (var s = part * per_part; s < last; s++) {
         let length = min(p.segment, p.k - s * p.segment) / 4u;

@@ -522,6 +522,9 @@ pub fn cases(tier: &Tier) -> Vec<Case> {
         (77, 768, 768),
         (4096, 320, 320),
         (300, 1536, 576),
+        // The two halves of a LoRA adapter.
+        (300, 16, 576),
+        (300, 576, 16),
     ] {
         cases.push(product(m, n, k, [f; 2], [false, true]));
     }

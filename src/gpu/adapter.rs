@@ -176,6 +176,15 @@ fn subgroup_size(info: &wgpu::AdapterInfo) -> (u32, u32) {
 
 fn tier(adapter: &wgpu::Adapter) -> Tier {
     let (info, limits, features) = (adapter.get_info(), adapter.limits(), adapter.features());
+    let subgroup_size = subgroup_size(&info);
+    // lavapipe lists them also where its subgroups are narrower, on processors with registers of 128 bits, and then opens no
+    // device that asks for them.
+    let cooperative_matrix =
+        features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX) && subgroup_size.1 >= 8;
+    let matrix_units = match cooperative_matrix {
+        true => matrix_units(adapter),
+        false => Vec::new(),
+    };
     Tier {
         driver: format!("{} {} {}", info.backend, info.driver, info.driver_info)
             .trim()
@@ -184,9 +193,9 @@ fn tier(adapter: &wgpu::Adapter) -> Tier {
         cpu: info.device_type == wgpu::DeviceType::Cpu,
         f16: features.contains(wgpu::Features::SHADER_F16),
         subgroup: features.contains(wgpu::Features::SUBGROUP),
-        subgroup_size: subgroup_size(&info),
-        cooperative_matrix: features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX),
-        matrix_units: matrix_units(adapter),
+        subgroup_size,
+        cooperative_matrix,
+        matrix_units,
         timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY),
         pipeline_cache: features.contains(wgpu::Features::PIPELINE_CACHE),
         max_binding: limits.max_storage_buffer_binding_size,

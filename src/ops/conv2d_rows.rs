@@ -198,7 +198,7 @@ pub(super) fn launch(mode: Mode, g: &Geometry, [x, w, y]: [&Tensor; 3], bias: Op
         c_start: c_start as u32,
         ..RowsParams::default()
     };
-    rows::product(Form::Plain, [&source, &b, &c], bias, None, &params, 1);
+    rows::product(Form::Image, [&source, &b, &c], bias, None, &params, 1);
 }
 
 /// A weight gradient as one product over the pixels that the band's lines have: [taps · channels, pixels] of one image as
@@ -319,7 +319,7 @@ pub(super) fn launch_weight(g: &Geometry, [x, dy, sums]: [&Tensor; 3], splits: u
         c_batch: (product.rows * columns) as u32,
         ..RowsParams::default()
     };
-    rows::product(Form::Plain, [&seen, &b, sums], None, None, &params, 1);
+    rows::product(Form::Image, [&seen, &b, sums], None, None, &params, 1);
 }
 
 /// All kernels of this file.

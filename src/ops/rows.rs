@@ -53,6 +53,8 @@ pub(crate) struct RowsParams {
 pub(crate) enum Form {
     /// `a`'s rows are contiguous along k, `b`'s along n.
     Plain,
+    /// The same, and `a`'s rows are the pixels of images.
+    Image,
     /// Both are contiguous along k.
     Along,
     /// `a` is contiguous along m, `b` along n.
@@ -76,6 +78,7 @@ pub(crate) fn kernel(form: Form, rows: usize, lanes: u32, quads: bool, c: DType)
         .def("ROWS", rows as i32)
         .flag("COLUMN", form == Form::Column)
         .flag("ALONG", form == Form::Along)
+        .flag("IMAGE", form == Form::Image)
         .def("LANES", lanes as i32)
         .flag("QUADS", quads)
         .flag("F16", f16)
@@ -305,7 +308,7 @@ pub(crate) fn pack_limit(t: &Tensor) -> usize {
 pub(crate) fn variants() -> Vec<Kernel> {
     let mut kernels = Vec::new();
     for dtype in [DType::F32, DType::F16] {
-        for form in [Form::Plain, Form::Along, Form::Column] {
+        for form in [Form::Plain, Form::Image, Form::Along, Form::Column] {
             let tall = (form != Form::Column).then_some((TALL, 8));
             for (rows, lanes) in [(TILE[0], 1), (TILE[0], 8)].into_iter().chain(tall) {
                 kernels.extend([false, true].map(|quads| kernel(form, rows, lanes, quads, dtype)));

@@ -1,6 +1,6 @@
 //! `devices`, and what happens where there is no adapter.
 
-use crate::support::{program, refused, run, stdout};
+use crate::support::{program, refused, run, stderr, stdout};
 
 #[test]
 fn devices_lists_adapters_in_both_forms() {
@@ -22,6 +22,19 @@ fn devices_lists_adapters_in_both_forms() {
             "{adapter}"
         );
     }
+}
+
+/// As on processors whose registers have 128 bits, where the software driver lists matrix units that it does not open. Other
+/// drivers do not know the variable.
+#[test]
+fn a_software_driver_with_narrow_subgroups_opens() {
+    let output = program()
+        .env("LP_NATIVE_VECTOR_WIDTH", "128")
+        .args(["bench", "kernels", "--filter", "copy", "--seconds", "0.01"])
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert!(stdout(&output).contains("copy"), "{}", stdout(&output));
 }
 
 /// Only Linux lets a test hide the drivers.
