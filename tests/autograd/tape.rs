@@ -185,6 +185,14 @@ fn the_first_bad_op_is_named() {
     let found = found.expect("the square of 1e30 is over f32's range");
     assert!(found.contains("unary") && found.contains("[2]"), "{found}");
     assert!(find_non_finite(|| drop(x.square())).is_none());
+    // 0 · 1e30 · 1e30 is finite, its slope is not.
+    let zero = leaf(&[0.0]);
+    let found = find_non_finite(|| {
+        let y = zero.scale(1e30).scale(1e30).sum_all();
+        drop(y.backward());
+    });
+    let found = found.expect("a slope over f32's range");
+    assert!(found.contains("the backward of scale"), "{found}");
 }
 
 #[test]

@@ -245,7 +245,8 @@ mod terminal {
         let dir = tempfile::tempdir().unwrap();
         let path = config(
             dir.path(),
-            "[train]\nbatch = 2\nsteps = 9\n[optimizer]\nlr = 1e30\n",
+            "[train]\nbatch = 2\nsteps = 9\n[optimizer]\nlr = 1e30\n\
+             [lora]\ntarget_modules = ['q_proj', 'k_proj']\n",
         );
         let (code, text) = typed(&["train", &path, "--tui"], "").unwrap();
         assert_eq!(code, 1, "{text}");
