@@ -248,13 +248,14 @@ fn f16_follows_f32_and_an_overflow_halves_the_scale_and_skips_the_update() {
     }
     let case = case();
     // Eleven bits of mantissa through a few layers. With the attention loss two runs part by themselves, about fourfold
-    // a step (measured 3e-4 to 0.027 in the first four), so gradients are held tightly where weights stand still.
+    // a step (measured 2e-4 to 0.017 in the first three, 0.12 in the fourth, with the kernels of CPU drivers and of GPUs), so
+    // gradients are held tightly where weights stand still.
     let lambda = case.config.loss.lambda;
     let rate = case.config.optimizer.lr;
     for (lambda, rate, tolerance, held) in [
         (0.0, rate, 0.002, 5),
         (lambda, 1e-12, 0.01, 5),
-        (lambda, rate, 0.1, 4),
+        (lambda, rate, 0.05, 3),
     ] {
         let run = |name: &str, precision| {
             case.run(&format!("{name}-{lambda}-{rate}"), |c| {
