@@ -248,14 +248,14 @@ fn f16_follows_f32_and_an_overflow_halves_the_scale_and_skips_the_update() {
     }
     let case = case();
     // Eleven bits of mantissa through a few layers. With the attention loss two runs part by themselves, about fourfold
-    // a step (measured 2e-4 to 0.017 in the first three, 0.12 in the fourth, with the kernels of CPU drivers and of GPUs), so
-    // gradients are held tightly where weights stand still.
+    // a step (measured 0.001, 0.006, 0.017, 0.12 at the most, with the kernels of CPU drivers and of GPUs), so gradients are
+    // held tightly where weights stand still.
     let lambda = case.config.loss.lambda;
     let rate = case.config.optimizer.lr;
-    for (lambda, rate, tolerance, held) in [
-        (0.0, rate, 0.002, 5),
-        (lambda, 1e-12, 0.01, 5),
-        (lambda, rate, 0.05, 3),
+    for (lambda, rate, tolerances) in [
+        (0.0, rate, &[0.002; 5][..]),
+        (lambda, 1e-12, &[0.01; 5]),
+        (lambda, rate, &[0.004, 0.016, 0.06, 0.25]),
     ] {
         let run = |name: &str, precision| {
             case.run(&format!("{name}-{lambda}-{rate}"), |c| {
@@ -268,7 +268,8 @@ fn f16_follows_f32_and_an_overflow_halves_the_scale_and_skips_the_update() {
             assert!(!a.skipped && a.loss_scale == Some(65536.0), "{a:?}");
             assert!((a.loss - b.loss).abs() < 0.01 * b.loss, "{a:?}\n{b:?}");
             let off = (a.grad_norm - b.grad_norm).abs() / b.grad_norm;
-            assert!(number >= held || off < tolerance, "{a:?}\n{b:?}");
+            let held = tolerances.get(number).is_none_or(|t| off < *t);
+            assert!(held, "{a:?}\n{b:?}");
         }
     }
     let steps = case
