@@ -177,8 +177,8 @@ fn subgroup_size(info: &wgpu::AdapterInfo) -> (u32, u32) {
 fn tier(adapter: &wgpu::Adapter) -> Tier {
     let (info, limits, features) = (adapter.get_info(), adapter.limits(), adapter.features());
     let subgroup_size = subgroup_size(&info);
-    // lavapipe lists them also where its subgroups are narrower, on processors with registers of 128 bits, and then opens no
-    // device that asks for them.
+    // lavapipe lists matrix units also where its subgroups are narrower, on processors with registers of 128 bits, and then
+    // opens no device that asks for them.
     let cooperative_matrix =
         features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX) && subgroup_size.1 >= 8;
     let matrix_units = match cooperative_matrix {

@@ -229,8 +229,6 @@ fn products(image: &Tensor, weight: &Tensor, columns: usize) -> Tensor {
         k: k as u32,
         splits: 1,
         a_batch: (tiles * k / 4) as u32,
-        size_x: tiles as u32,
-        size_y: 1,
         stride_x: (k / 4) as u32,
         segments: 1,
         segment: k as u32,

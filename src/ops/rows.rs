@@ -25,6 +25,7 @@ pub(crate) struct RowsParams {
     pub splits: u32,
     pub a_start: u32,
     pub a_batch: u32,
+    /// This and the next, and strides but `stride_x`: of [`Form::Image`].
     pub size_x: u32,
     pub size_y: u32,
     pub stride_x: u32,

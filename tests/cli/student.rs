@@ -213,6 +213,48 @@ fn a_loss_that_is_not_a_number_names_the_op_that_made_it() {
 }
 
 #[test]
+fn a_gradient_that_is_not_finite_is_named_where_the_loss_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let (lora, root) = (dir.path().join("lora"), dir.path().join("run"));
+    fs::create_dir(&lora).unwrap();
+    let init = reference("train_smolvlm/init");
+    let source = Path::new(&init);
+    let config_file = "adapter_config.json";
+    fs::copy(source.join(config_file), lora.join(config_file)).unwrap();
+    // With A = 0 the model is what it was, however large B is; A's gradient is as large as B.
+    let file = fs::read(source.join("adapter_model.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&file).unwrap();
+    let poisoned: Vec<(String, Vec<u8>, Vec<usize>)> = tensors
+        .iter()
+        .map(|(name, tensor)| {
+            let value: f32 = if name.contains("lora_B") { 3e38 } else { 0.0 };
+            let bytes = value.to_le_bytes().repeat(tensor.shape().iter().product());
+            (name.to_string(), bytes, tensor.shape().to_vec())
+        })
+        .collect();
+    let views = poisoned.iter().map(|(name, bytes, shape)| {
+        let view =
+            safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes);
+        (name.clone(), view.unwrap())
+    });
+    let bytes = safetensors::serialize(views, None).unwrap();
+    fs::write(lora.join("adapter_model.safetensors"), bytes).unwrap();
+    let config = config(
+        dir.path(),
+        &format!("[init]\nlora = '{}'\n", lora.display()),
+    );
+    let set = format!("run.dir={}", root.display());
+    refused_with(
+        &["train", config.to_str().unwrap(), "--set", &set],
+        &[
+            "step 0: the gradient norm (",
+            "first the backward of ",
+            "not finite",
+        ],
+    );
+}
+
+#[test]
 fn an_adapter_out_of_memory_says_so_and_leaves_no_checkpoint() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().join("run");

@@ -248,14 +248,15 @@ fn f16_follows_f32_and_an_overflow_halves_the_scale_and_skips_the_update() {
     }
     let case = case();
     // Eleven bits of mantissa through a few layers. With the attention loss two runs part by themselves, about fourfold
-    // a step (measured 0.001, 0.006, 0.017, 0.12 at the most, with the kernels of CPU drivers and of GPUs), so gradients are
-    // held tightly where weights stand still.
+    // a step (measured 0.001, 0.006, 0.017, 0.08 with the kernels of CPU drivers, 0.12 in the fourth with those of GPUs), so
+    // gradients are held tightly where weights stand still.
     let lambda = case.config.loss.lambda;
     let rate = case.config.optimizer.lr;
+    let fourth = if gpu().tier().cpu { 0.1 } else { 0.25 };
     for (lambda, rate, tolerances) in [
         (0.0, rate, &[0.002; 5][..]),
         (lambda, 1e-12, &[0.01; 5]),
-        (lambda, rate, &[0.004, 0.016, 0.06, 0.25]),
+        (lambda, rate, &[0.004, 0.016, 0.06, fourth]),
     ] {
         let run = |name: &str, precision| {
             case.run(&format!("{name}-{lambda}-{rate}"), |c| {

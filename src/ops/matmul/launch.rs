@@ -125,8 +125,6 @@ fn launch_rows(o: &Operands<'_>, g: &Geometry) {
         splits: g.splits as u32,
         a_start: (a_start / 4) as u32,
         a_batch: (a_batch / 4) as u32,
-        size_x: g.m as u32,
-        size_y: 1,
         stride_x: (lda / 4) as u32,
         segments: g.splits as u32,
         segment: segment as u32,
