@@ -13,6 +13,7 @@
 //
 // QUADS: rows of c, of the residual and the bias are whole vec4s.
 #import lanes::{LANES, from_lane}
+#import rows_product::{Params, after, place_of, terms}
 
 #ifdef C_F16
 alias Scalar = f16;
@@ -26,37 +27,6 @@ alias Bias = vec4<f32>;
 alias CElem = Scalar;
 alias Bias = f32;
 #endif
-
-struct Params {
-    m: u32,
-    n: u32,
-    k: u32,
-    splits: u32,
-    // a, in vec4s.
-    a_start: u32,
-    a_batch: u32,
-    size_x: u32,
-    size_y: u32,
-    stride_x: u32,
-    stride_y: u32,
-    stride_image: u32,
-    segments: u32,
-    segment: u32,
-    segment_stride: u32,
-    run: u32,
-    run_stride: u32,
-    // b, in vec4s: panels of 32 columns.
-    b_start: u32,
-    b_batch: u32,
-    b_row: u32,
-    b_panel: u32,
-    ldc: u32,
-    c_start: u32,
-    c_batch: u32,
-    bias_start: u32,
-    has_bias: u32,
-    has_residual: u32,
-}
 
 @group(0) @binding(0) var<storage, read> a: array<vec4<f32>>;
 @group(0) @binding(1) var<storage, read> b: array<vec4<f32>>;
@@ -90,9 +60,9 @@ fn lines(at: vec4<u32>) -> mat4x4<f32> {
     return turned(mat4x4<f32>(b[at.x], b[at.y], b[at.z], b[at.w]));
 }
 
-fn terms(sum: vec4<f32>, av: vec4<f32>, bv: mat4x4<f32>) -> vec4<f32> {
-    let two = fma(vec4<f32>(av.y), bv[1], fma(vec4<f32>(av.x), bv[0], sum));
-    return fma(vec4<f32>(av.w), bv[3], fma(vec4<f32>(av.z), bv[2], two));
+// Of two places, that of a thread's vector l of those that threads share.
+fn along(at: vec2<u32>, l: u32, loader: u32) -> u32 {
+    return select(at.x, at.y, (l * LANES + loader) % ALONG_K == 1u);
 }
 #endif
 
@@ -184,65 +154,67 @@ fn main(
 #ifdef IMAGE
         let line = row / p.size_x;
         rows[l] = a0 + (row % p.size_x) * p.stride_x + (line % p.size_y) * p.stride_y
-            + (line / p.size_y) * p.stride_image + i % ALONG_K;
+            + (line / p.size_y) * p.stride_image;
 #else
-        rows[l] = a0 + row * p.stride_x + i % ALONG_K;
+        rows[l] = a0 + row * p.stride_x;
 #endif
     }
-    for (var s = part * per_part; s < last; s++) {
-        let length = min(p.segment, p.k - s * p.segment) / 4u;
-        var a_at = (s / p.run) * p.run_stride + (s % p.run) * p.segment_stride;
-        var b_at = s * (p.segment / 4u) * b_step;
-        var k = 0u;
-        for (; k + ALONG_K <= length; k += ALONG_K) {
-            let first = lines(b0 + b_at);
-            var held: array<vec4<f32>, LOADS>;
-            // Of the rows after those.
-            var ahead: array<vec4<f32>, LOADS>;
-            for (var l = 0u; l < LOADS; l++) {
-                held[l] = a[rows[l] + a_at];
-                ahead[l] = a[rows[LOADS + l] + a_at];
-            }
-            var loaded: mat4x4<f32>;
-            for (var r = 0u; r < SHARED; r++) {
-                let i = r * ALONG_K;
-                sum[r] = terms(sum[r], from_lane(held[i / LANES], i % LANES), first);
-                loaded[r] = b[b0[r] + b_at + b_step];
-            }
-            let second = turned(loaded);
-            for (var r = 0u; r < SHARED; r++) {
-                let i = r * ALONG_K + 1u;
-                sum[r] = terms(sum[r], from_lane(held[i / LANES], i % LANES), second);
-            }
-            for (var block = 1u; block < BLOCKS; block++) {
-                held = ahead;
-                if block + 1u < BLOCKS {
-                    for (var l = 0u; l < LOADS; l++) {
-                        ahead[l] = a[rows[(block + 1u) * LOADS + l] + a_at];
-                    }
-                }
-                for (var q = 0u; q < SHARED; q++) {
-                    let r = block * SHARED + q;
-                    let i = q * ALONG_K;
-                    sum[r] = terms(sum[r], from_lane(held[i / LANES], i % LANES), first);
-                    sum[r] = terms(sum[r], from_lane(held[(i + 1u) / LANES], (i + 1u) % LANES), second);
-                }
-            }
-            a_at += ALONG_K;
-            b_at += ALONG_K * b_step;
+    // Vectors along k of this part.
+    let begin = part * per_part * (p.segment / 4u);
+    let length = max(begin, min(last * (p.segment / 4u), p.k / 4u)) - begin;
+    var place = place_of(p, part * per_part);
+    var b_at = begin * b_step;
+    var k = 0u;
+    for (; k + ALONG_K <= length; k += ALONG_K) {
+        let other = after(p, place);
+        let a_at = vec2<u32>(place.at, other.at);
+        let first = lines(b0 + b_at);
+        var held: array<vec4<f32>, LOADS>;
+        // Of the rows after those.
+        var ahead: array<vec4<f32>, LOADS>;
+        for (var l = 0u; l < LOADS; l++) {
+            held[l] = a[rows[l] + along(a_at, l, loader)];
+            ahead[l] = a[rows[LOADS + l] + along(a_at, l, loader)];
         }
-        if k < length {
-            let first = lines(b0 + b_at);
-            for (var block = 0u; block < BLOCKS; block++) {
-                var held: array<vec4<f32>, LOADS>;
+        var loaded: mat4x4<f32>;
+        for (var r = 0u; r < SHARED; r++) {
+            let i = r * ALONG_K;
+            sum[r] = terms(sum[r], from_lane(held[i / LANES], i % LANES), first);
+            loaded[r] = b[b0[r] + b_at + b_step];
+        }
+        let second = turned(loaded);
+        for (var r = 0u; r < SHARED; r++) {
+            let i = r * ALONG_K + 1u;
+            sum[r] = terms(sum[r], from_lane(held[i / LANES], i % LANES), second);
+        }
+        for (var block = 1u; block < BLOCKS; block++) {
+            held = ahead;
+            if block + 1u < BLOCKS {
                 for (var l = 0u; l < LOADS; l++) {
-                    held[l] = a[rows[block * LOADS + l] + a_at];
+                    ahead[l] = a[rows[(block + 1u) * LOADS + l] + along(a_at, l, loader)];
                 }
-                for (var q = 0u; q < SHARED; q++) {
-                    let r = block * SHARED + q;
-                    let i = q * ALONG_K;
-                    sum[r] = terms(sum[r], from_lane(held[i / LANES], i % LANES), first);
-                }
+            }
+            for (var q = 0u; q < SHARED; q++) {
+                let r = block * SHARED + q;
+                let i = q * ALONG_K;
+                sum[r] = terms(sum[r], from_lane(held[i / LANES], i % LANES), first);
+                sum[r] = terms(sum[r], from_lane(held[(i + 1u) / LANES], (i + 1u) % LANES), second);
+            }
+        }
+        place = after(p, other);
+        b_at += ALONG_K * b_step;
+    }
+    if k < length {
+        let first = lines(b0 + b_at);
+        for (var block = 0u; block < BLOCKS; block++) {
+            var held: array<vec4<f32>, LOADS>;
+            for (var l = 0u; l < LOADS; l++) {
+                held[l] = a[rows[block * LOADS + l] + place.at];
+            }
+            for (var q = 0u; q < SHARED; q++) {
+                let r = block * SHARED + q;
+                let i = q * ALONG_K;
+                sum[r] = terms(sum[r], from_lane(held[i / LANES], i % LANES), first);
             }
         }
     }

@@ -213,12 +213,16 @@ pub(crate) fn row_threads(gpu: &Gpu) -> u32 {
     if gpu.tier().cpu { 8 } else { 128 }
 }
 
+/// Whether workgroups of 8 threads are one subgroup, on a CPU driver.
+pub(crate) fn shares_loads(gpu: &Gpu) -> bool {
+    let tier = gpu.tier();
+    tier.cpu && tier.subgroup && tier.subgroup_size == (8, 8)
+}
+
 /// The kernel for CPU drivers whose workgroups of 8 threads share loads (`wgsl/common/lanes.wgsl`), made for 8 that share
 /// where they are one subgroup and the driver takes it, else for 1; and for how many it was made.
 pub(crate) fn shared_loads(gpu: &Gpu, kernel: impl Fn(u32) -> Kernel) -> (Kernel, u32) {
-    let tier = gpu.tier();
-    let subgroups = tier.cpu && tier.subgroup && tier.subgroup_size == (8, 8);
-    let shared = subgroups.then(|| kernel(8));
+    let shared = shares_loads(gpu).then(|| kernel(8));
     shared
         .filter(|kernel| gpu.compiles(kernel))
         .map_or_else(|| (kernel(1), 1), |kernel| (kernel, 8))

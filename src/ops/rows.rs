@@ -1,7 +1,7 @@
 //! The matrix product for drivers that run on the CPU, shared by matmul and conv2d: operands are
 //! brought into f32 vec4 form where they are not, then one kernel does every product.
 
-use super::{dispatch_work, matmul::limit, shared_loads};
+use super::{dispatch_work, matmul::limit, shared_loads, shares_loads};
 use crate::gpu::Kernel;
 use crate::tensor::{DType, Quantization, QuantizedMatrix, Tensor};
 
@@ -11,6 +11,13 @@ pub(crate) const TILE: [usize; 2] = [16, 32];
 /// Rows where `c` has many and loads are shared: they use what is loaded of `b` more often. Where each thread loads all of `a`
 /// itself, the driver does not unroll loops over so many.
 const TALL: usize = 32;
+
+/// Rows where `c` has no more than these: a 3×3 kernel's taps for four channels.
+const NARROW: usize = 36;
+
+/// Vectors along k up to which `matmul_short` does a product, and rows that one of its workgroups goes down.
+const SHORT: usize = 24;
+const RUN: usize = 128;
 
 /// Rows of `a` from which packing `b` pays: its own rows lie pages apart, or a power of two, and share a cache's few places.
 pub(crate) const PACKED_ROWS: usize = 256;
@@ -64,11 +71,14 @@ pub(crate) enum Form {
 
 /// Rows of a workgroup whose loads `lanes` threads share, for `m` in all: [`TALL`] unless their last tile is much emptier.
 fn tile_rows(form: Form, lanes: u32, m: usize) -> usize {
+    if form == Form::Column || lanes == 1 {
+        return TILE[0];
+    }
     let [tall, short] = [TALL, TILE[0]].map(|rows| m.next_multiple_of(rows));
-    if form != Form::Column && lanes > 1 && 10 * tall <= 11 * short {
-        TALL
-    } else {
-        TILE[0]
+    match m {
+        _ if 10 * tall <= 11 * short => TALL,
+        TALL..=NARROW => NARROW,
+        _ => TILE[0],
     }
 }
 
@@ -84,6 +94,25 @@ pub(crate) fn kernel(form: Form, rows: usize, lanes: u32, quads: bool, c: DType)
         .flag("QUADS", quads)
         .flag("F16", f16)
         .flag("C_F16", f16)
+}
+
+/// The kernel for sums of `vectors` · 4 terms, whose loads 8 threads share, where lines of `c` are whole vec4s.
+fn short_kernel(form: Form, vectors: usize, residual: bool, c: DType) -> Kernel {
+    let f16 = c == DType::F16;
+    Kernel::new("matmul_short")
+        .def("VECTORS", vectors as i32)
+        .def("RUN", RUN as i32)
+        .flag("ALONG", form == Form::Along)
+        .flag("IMAGE", form == Form::Image)
+        .def("LANES", 8)
+        .flag("RESIDUAL", residual)
+        .flag("F16", f16)
+        .flag("C_F16", f16)
+}
+
+/// Whether sums of `k` terms over rows so formed are few enough, and `m` many enough, for `matmul_short`.
+pub(crate) fn short(form: Form, m: usize, k: usize) -> bool {
+    form != Form::Column && m >= TALL && k.is_multiple_of(4) && (1..=SHORT).contains(&(k / 4))
 }
 
 /// Records the product of `batch` pairs of matrices.
@@ -105,17 +134,28 @@ pub(crate) fn product(
     ]
     .iter()
     .all(|v| v.is_multiple_of(4));
-    let (kernel, lanes) = shared_loads(a.gpu(), |lanes| {
-        kernel(form, tile_rows(form, lanes, m), lanes, quads, c.dtype())
-    });
-    let rows = tile_rows(form, lanes, m);
-    let row_tiles = m.div_ceil(rows);
+    let gpu = a.gpu();
+    let long_lines = form != Form::Image || params.size_x >= 8;
+    let few_terms = short(form, m, params.k as usize) && params.splits == 1;
+    let short = (few_terms && quads && long_lines && shares_loads(gpu))
+        .then(|| short_kernel(form, params.k as usize / 4, residual.is_some(), c.dtype()))
+        .filter(|kernel| gpu.compiles(kernel));
+    let (kernel, rows) = match short {
+        Some(kernel) => (kernel, RUN),
+        None => {
+            let rows = |lanes| tile_rows(form, lanes, m);
+            let (kernel, lanes) = shared_loads(gpu, |lanes| {
+                kernel(form, rows(lanes), lanes, quads, c.dtype())
+            });
+            (kernel, rows(lanes))
+        }
+    };
     let groups = [
-        row_tiles as u32,
+        m.div_ceil(rows) as u32,
         (params.n as usize).div_ceil(TILE[1]) as u32,
         batch as u32 * params.splits,
     ];
-    let work = 2 * (row_tiles * rows * batch) as u64 * u64::from(params.n) * u64::from(params.k);
+    let work = 2 * (m * batch) as u64 * u64::from(params.n) * u64::from(params.k);
     let params = RowsParams {
         run: if params.run == 0 {
             params.segments.max(1)
@@ -310,10 +350,22 @@ pub(crate) fn variants() -> Vec<Kernel> {
     let mut kernels = Vec::new();
     for dtype in [DType::F32, DType::F16] {
         for form in [Form::Plain, Form::Image, Form::Along, Form::Column] {
-            let tall = (form != Form::Column).then_some((TALL, 8));
-            for (rows, lanes) in [(TILE[0], 1), (TILE[0], 8)].into_iter().chain(tall) {
+            let mut tiles = vec![(TILE[0], 1), (TILE[0], 8)];
+            if form != Form::Column {
+                tiles.extend([(TALL, 8), (NARROW, 8)]);
+            }
+            for (rows, lanes) in tiles {
                 kernels.extend([false, true].map(|quads| kernel(form, rows, lanes, quads, dtype)));
             }
+        }
+    }
+    for form in [Form::Plain, Form::Image, Form::Along] {
+        for (vectors, residual, dtype) in [
+            (1, false, DType::F32),
+            (9, true, DType::F32),
+            (SHORT, true, DType::F16),
+        ] {
+            kernels.push(short_kernel(form, vectors, residual, dtype));
         }
     }
     kernels.extend([DType::F32, DType::F16, DType::Bf16].map(pack_kernel));

@@ -340,6 +340,37 @@ fn few_output_channels_match_f64() {
     }
 }
 
+/// Sums of up to 96 terms over pixels of images whose lines, of 8 pixels or more and of fewer, turn in the midst of eight rows.
+#[test]
+fn few_input_channels_match_f64() {
+    let mut rng = rng(61);
+    let floats = float_types();
+    for round in 0..24 {
+        let mut pick = |of: &[usize]| of[rng.random_range(0..of.len())];
+        let case = Case {
+            x: [
+                pick(&[1, 3]),
+                pick(&[3, 5, 12, 19]),
+                pick(&[6, 9, 10, 17, 33]),
+                pick(&[1, 3, 4, 8]),
+            ],
+            kernel: [[3, 3], [2, 3], [1, 1]][pick(&[0, 1, 2])],
+            out: pick(&[4, 8, 20, 36, 5]),
+            options: Conv2dOptions {
+                stride: pick(&[1, 1, 2]),
+                padding: [[0; 4], [1; 4], [0, 1, 0, 1]][pick(&[0, 1, 2])],
+            },
+            dtype: floats[pick(&[0, 1]) % floats.len()],
+            weight: DType::F32,
+        };
+        let force = Force {
+            variant: Some(Variant::Rows),
+            band_bytes: (round % 3 == 0).then_some(1500),
+        };
+        check(&force, case, &mut rng);
+    }
+}
+
 /// The basis change costs a few bits: in f32 with the U-Net's channels 1e-6 of the largest value (a direct sum: 3e-7). The
 /// weight is large enough to go to its points in slices.
 #[test]

@@ -99,7 +99,7 @@ pub fn check(variant: Option<Variant>, case: Case, rng: &mut rand_chacha::ChaCha
     let (b, b_held) = case.operand(rng, case.b, case.b_batched, [k, n], trans_b);
     let mut expected = product(&case, &a_held, &b_held);
     let (bias, bias_held) = upload(&uniform(rng, n), DType::F32, &[n]);
-    let epilogue = rng.random_range(0..5);
+    let epilogue = rng.random_range(0..6);
     let mut options = MatmulOptions {
         trans_a,
         trans_b,
@@ -111,7 +111,7 @@ pub fn check(variant: Option<Variant>, case: Case, rng: &mut rand_chacha::ChaCha
             *v += bias_held[i % n];
         }
     }
-    if epilogue >= 2 {
+    if (2..=4).contains(&epilogue) {
         options.activation = Some(Unary::Silu);
         for v in &mut expected {
             *v /= 1.0 + (-*v).exp();
@@ -123,7 +123,7 @@ pub fn check(variant: Option<Variant>, case: Case, rng: &mut rand_chacha::ChaCha
         vec![m, n]
     };
     let (other, other_held) = upload(&uniform(rng, expected.len()), case.a, &shape);
-    if epilogue == 3 {
+    if epilogue == 3 || epilogue == 5 {
         options.ending = Some(Ending::Residual(&other));
         for (v, r) in expected.iter_mut().zip(&other_held) {
             *v += r;
@@ -252,6 +252,31 @@ fn short_and_tall_tiles_match_f64_at_their_edges() {
             };
             check(Some(Variant::Rows), case, &mut rng);
         }
+    }
+}
+
+/// Sums of few terms, which CPU drivers do with all of b's lines for 32 columns held: runs of 128 rows and their ends, lines
+/// of c that are whole vec4s and others.
+#[test]
+fn few_terms_match_f64() {
+    let mut rng = rng(9);
+    let floats = float_types();
+    for round in 0..24 {
+        let mut pick = |of: &[usize]| of[rng.random_range(0..of.len())];
+        let [a_batched, b_batched] = [pick(&[0, 1]) == 1, pick(&[0, 1]) == 1];
+        let case = Case {
+            batch: if a_batched || b_batched { 2 } else { 1 },
+            m: pick(&[32, 34, 36, 128, 134, 258]),
+            n: pick(&[4, 36, 64, 41]),
+            k: pick(&[3, 4, 16, 36, 64, 96, 97]),
+            trans_a: false,
+            trans_b: round % 2 == 0,
+            a_batched,
+            b_batched,
+            a: floats[pick(&[0, 0, 1]) % floats.len()],
+            b: [DType::F32, DType::Bf16][pick(&[0, 0, 1])],
+        };
+        check(Some(Variant::Rows), case, &mut rng);
     }
 }
 

@@ -37,7 +37,9 @@ pub(super) fn packs_b(o: &Operands<'_>, g: &Geometry) -> bool {
                 .iter()
                 .all(|v| v.is_multiple_of(4))
             || !(o.options.trans_a || g.k.is_multiple_of(4))
-            || o.choice.packed.unwrap_or(g.m >= rows::PACKED_ROWS))
+            || o.choice
+                .packed
+                .unwrap_or(g.m >= rows::PACKED_ROWS && !rows::short(Form::Along, g.m, g.k)))
 }
 
 /// Whether it needs `a` in padded f32 rows (kept in column form when transposed).
