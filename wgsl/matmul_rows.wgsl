@@ -11,7 +11,7 @@
 //
 // ALONG (row form): b's columns are contiguous along k, `b_row` apart, as a linear layer's weight or an image's pixels are.
 //
-// QUADS: rows of c, of the residual and the bias are whole vec4s.
+// QUADS: rows of c, of the residual and the bias are whole vec4s. TURNED: c is stored transposed, without bias and residual.
 #import lanes::{LANES, from_lane}
 #import rows_product::{Params, after, place_of, terms}
 
@@ -223,6 +223,24 @@ fn main(
     if col >= p.n {
         return;
     }
+#ifdef TURNED
+    for (var j = 0u; j < 4u; j++) {
+        let first = c0 + (col + j) * p.ldc + tile.x * ROWS;
+        for (var r = 0u; r < ROWS; r += 4u) {
+            let v = vec4<f32>(sum[r][j], sum[r + 1u][j], sum[r + 2u][j], sum[r + 3u][j]);
+            let left = select(0u, p.m - min(p.m, tile.x * ROWS + r), col + j < p.n);
+#ifdef QUADS
+            if left > 0u {
+                c[(first + r) / 4u] = CElem(v);
+            }
+#else
+            for (var q = 0u; q < min(left, 4u); q++) {
+                c[first + r + q] = CElem(v[q]);
+            }
+#endif
+        }
+    }
+#else
 #ifdef QUADS
     var added = vec4<f32>();
     if p.has_bias != 0u {
@@ -256,4 +274,5 @@ fn main(
 #endif
         }
     }
+#endif
 }

@@ -528,6 +528,9 @@ pub fn cases(tier: &Tier) -> Vec<Case> {
     ] {
         cases.push(product(m, n, k, [f; 2], [false, true]));
     }
+    // The gradients of its inner activations and of its second half.
+    cases.push(product(300, 16, 576, [f; 2], [false, false]));
+    cases.push(product(576, 16, 300, [f; 2], [true, false]));
     for (m, n, k) in [(300, 1536, 576), (1, 4096, 1024)] {
         cases.push(product(m, n, k, [f, DType::Bf16], [false, true]));
     }

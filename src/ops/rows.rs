@@ -67,11 +67,25 @@ pub(crate) enum Form {
     Along,
     /// `a` is contiguous along m, `b` along n.
     Column,
+    /// As [`Form::Along`], and `c` is stored transposed, without bias and residual.
+    AlongTurned,
+    /// As [`Form::Column`], and `c` is stored transposed, without bias and residual.
+    ColumnTurned,
+}
+
+impl Form {
+    fn column(self) -> bool {
+        matches!(self, Form::Column | Form::ColumnTurned)
+    }
+
+    fn turned(self) -> bool {
+        matches!(self, Form::AlongTurned | Form::ColumnTurned)
+    }
 }
 
 /// Rows of a workgroup whose loads `lanes` threads share, for `m` in all: [`TALL`] unless their last tile is much emptier.
 fn tile_rows(form: Form, lanes: u32, m: usize) -> usize {
-    if form == Form::Column || lanes == 1 {
+    if form.column() || lanes == 1 {
         return TILE[0];
     }
     let [tall, short] = [TALL, TILE[0]].map(|rows| m.next_multiple_of(rows));
@@ -87,8 +101,9 @@ pub(crate) fn kernel(form: Form, rows: usize, lanes: u32, quads: bool, c: DType)
     let f16 = c == DType::F16;
     Kernel::new("matmul_rows")
         .def("ROWS", rows as i32)
-        .flag("COLUMN", form == Form::Column)
-        .flag("ALONG", form == Form::Along)
+        .flag("COLUMN", form.column())
+        .flag("ALONG", matches!(form, Form::Along | Form::AlongTurned))
+        .flag("TURNED", form.turned())
         .flag("IMAGE", form == Form::Image)
         .def("LANES", lanes as i32)
         .flag("QUADS", quads)
@@ -112,7 +127,7 @@ fn short_kernel(form: Form, vectors: usize, residual: bool, c: DType) -> Kernel 
 
 /// Whether sums of `k` terms over rows so formed are few enough, and `m` many enough, for `matmul_short`.
 pub(crate) fn short(form: Form, m: usize, k: usize) -> bool {
-    form != Form::Column && m >= TALL && k.is_multiple_of(4) && (1..=SHORT).contains(&(k / 4))
+    !form.column() && !form.turned() && m >= TALL && k.is_multiple_of(4) && (1..=SHORT).contains(&(k / 4))
 }
 
 /// Records the product of `batch` pairs of matrices.
@@ -126,7 +141,7 @@ pub(crate) fn product(
 ) {
     let m = params.m as usize;
     let quads = [
-        params.n,
+        if form.turned() { params.m } else { params.n },
         params.ldc,
         params.c_start,
         params.c_batch,
@@ -349,9 +364,16 @@ pub(crate) fn pack_limit(t: &Tensor) -> usize {
 pub(crate) fn variants() -> Vec<Kernel> {
     let mut kernels = Vec::new();
     for dtype in [DType::F32, DType::F16] {
-        for form in [Form::Plain, Form::Image, Form::Along, Form::Column] {
+        for form in [
+            Form::Plain,
+            Form::Image,
+            Form::Along,
+            Form::Column,
+            Form::AlongTurned,
+            Form::ColumnTurned,
+        ] {
             let mut tiles = vec![(TILE[0], 1), (TILE[0], 8)];
-            if form != Form::Column {
+            if !form.column() && !form.turned() {
                 tiles.extend([(TALL, 8), (NARROW, 8)]);
             }
             for (rows, lanes) in tiles {

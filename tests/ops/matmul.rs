@@ -280,6 +280,29 @@ fn few_terms_match_f64() {
     }
 }
 
+/// At most 16 columns, which CPU drivers do as the rows of the transposed product, short sums and ones in parts.
+#[test]
+fn few_columns_match_f64() {
+    let mut rng = rng(10);
+    for round in 0..24 {
+        let mut pick = |of: &[usize]| of[rng.random_range(0..of.len())];
+        let [a_batched, b_batched] = [pick(&[0, 1]) == 1, pick(&[0, 1]) == 1];
+        let case = Case {
+            batch: if a_batched || b_batched { 2 } else { 1 },
+            m: pick(&[64, 67, 132]),
+            n: pick(&[4, 8, 12, 16, 14]),
+            k: pick(&[4, 16, 36, 300, 1028, 41]),
+            trans_a: round % 3 == 0,
+            trans_b: round % 3 == 1,
+            a_batched,
+            b_batched,
+            a: DType::F32,
+            b: DType::F32,
+        };
+        check(Some(Variant::Rows), case, &mut rng);
+    }
+}
+
 #[test]
 fn the_output_dtype_can_differ() {
     if !gpu().tier().f16 {

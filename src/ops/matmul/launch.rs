@@ -61,8 +61,77 @@ fn spreads_a(o: &Operands<'_>, g: &Geometry) -> bool {
         && g.batch * g.m * g.lda * 4 <= rows::pack_limit(o.a)
 }
 
+/// Whether `c` has so few columns that a tile of 32 is half empty, and enough rows to be a tile's columns instead.
+fn turns(o: &Operands<'_>, g: &Geometry) -> bool {
+    let [rows, columns] = rows::TILE;
+    let whole = [g.lda, g.a_start, g.a_batch, g.ldb, g.b_start, g.b_batch];
+    g.n <= rows
+        && g.m >= 2 * columns
+        && o.options.bias.is_none()
+        && o.options.ending.is_none()
+        && !(o.options.trans_a && o.options.trans_b)
+        && (o.options.trans_a || g.k.is_multiple_of(4))
+        && o.a.dtype() == DType::F32
+        && o.b.storage() == Storage::Float(DType::F32)
+        && whole.iter().all(|v| v.is_multiple_of(4))
+}
+
+/// cᵀ = bᵀ·aᵀ by `matmul_rows`, stored as c.
+fn launch_turned(o: &Operands<'_>, g: &Geometry) {
+    let (mut a, mut a_start, mut a_batch, mut lda) =
+        (o.b.tensor().clone(), g.b_start, g.b_batch, g.ldb);
+    let column = o.options.trans_a;
+    if !column && !o.options.trans_b {
+        let source = Strided {
+            batch: if a_batch == 0 { 1 } else { g.batch },
+            blocks: 1,
+            rows: g.n,
+            columns: g.k,
+            reversed: false,
+            start: a_start,
+            batch_stride: a_batch,
+            block_stride: 0,
+            row_stride: 1,
+            column_stride: lda,
+        };
+        a = rows::padded_rows(&a, &source, g.k);
+        (a_start, a_batch, lda) = (0, if a_batch == 0 { 0 } else { g.n * g.k }, g.k);
+    }
+    let padded_k = if column { g.k } else { g.k.next_multiple_of(4) };
+    let segment = padded_k.div_ceil(g.splits).next_multiple_of(4).max(4);
+    let params = RowsParams {
+        m: g.n as u32,
+        n: g.m as u32,
+        k: padded_k as u32,
+        splits: g.splits as u32,
+        a_start: (a_start / 4) as u32,
+        a_batch: (a_batch / 4) as u32,
+        stride_x: (lda / 4) as u32,
+        segments: g.splits as u32,
+        segment: segment as u32,
+        segment_stride: (segment * if column { lda } else { 1 } / 4) as u32,
+        b_start: (g.a_start / 4) as u32,
+        b_batch: (g.a_batch / 4) as u32,
+        b_row: (g.lda / 4) as u32,
+        b_panel: (rows::TILE[1] / 4) as u32,
+        ldc: g.ldc as u32,
+        c_start: g.c_start as u32,
+        c_batch: g.c_batch as u32,
+        ..RowsParams::default()
+    };
+    let form = if column {
+        Form::ColumnTurned
+    } else {
+        Form::AlongTurned
+    };
+    rows::product(form, [&a, o.a, o.c], None, None, &params, g.batch);
+}
+
 /// The product by `matmul_rows`, operands packed where they must be.
 fn launch_rows(o: &Operands<'_>, g: &Geometry) {
+    if turns(o, g) {
+        return launch_turned(o, g);
+    }
     let (ta, tb) = (o.options.trans_a, o.options.trans_b);
     let strided = |start, batch_stride| Strided {
         batch: if batch_stride == 0 { 1 } else { g.batch },
