@@ -127,7 +127,11 @@ fn short_kernel(form: Form, vectors: usize, residual: bool, c: DType) -> Kernel 
 
 /// Whether sums of `k` terms over rows so formed are few enough, and `m` many enough, for `matmul_short`.
 pub(crate) fn short(form: Form, m: usize, k: usize) -> bool {
-    !form.column() && !form.turned() && m >= TALL && k.is_multiple_of(4) && (1..=SHORT).contains(&(k / 4))
+    !form.column()
+        && !form.turned()
+        && m >= TALL
+        && k.is_multiple_of(4)
+        && (1..=SHORT).contains(&(k / 4))
 }
 
 /// Records the product of `batch` pairs of matrices.
@@ -225,23 +229,16 @@ struct PackParams {
     packed_batch: u32,
 }
 
-fn pack_kernel(source: DType) -> Kernel {
+/// Rows that a workgroup of `matmul_pack` goes down.
+const PACK_STEP: usize = 128;
+
+fn pack_kernel(source: DType, lines: bool) -> Kernel {
     Kernel::new("matmul_pack")
+        .def("STEP", PACK_STEP as i32)
+        .flag("LINES", lines)
         .flag("F16", source == DType::F16)
         .flag("S_F16", source == DType::F16)
         .flag("S_BF16", source == DType::Bf16)
-}
-
-/// Whether rows of `elements` start so many bytes apart that all of a workgroup's fall into the same few lines of a processor's
-/// first cache and drive each other out.
-pub(crate) fn collide(elements: usize) -> bool {
-    (elements * 4).is_multiple_of(4096)
-}
-
-/// Elements from one row to the next for rows of `columns`: whole vectors, and a cache line more where they would collide.
-pub(crate) fn row_width(columns: usize) -> usize {
-    let width = columns.next_multiple_of(4);
-    width + if collide(width) { 16 } else { 0 }
 }
 
 /// Bytes that [`panels`] takes.
@@ -340,13 +337,23 @@ fn pack(
         packed_batch: shape[1..].iter().product::<usize>() as u32,
     };
     let groups = [
-        padded.div_ceil(32) as u32,
+        padded.div_ceil(PACK_STEP) as u32,
         s.columns.div_ceil(TILE[1]) as u32,
         (s.batch * s.blocks) as u32,
     ];
     let work = 8 * packed.elements() as u64;
+    let quads = [
+        s.columns,
+        s.start,
+        s.batch_stride,
+        s.block_stride,
+        s.row_stride,
+    ];
+    let lines = source.dtype() == DType::F32
+        && s.column_stride == 1
+        && quads.iter().all(|v| v.is_multiple_of(4));
     dispatch_work(
-        &pack_kernel(source.dtype()),
+        &pack_kernel(source.dtype(), lines),
         &[source, &packed],
         &params,
         groups,
@@ -390,7 +397,8 @@ pub(crate) fn variants() -> Vec<Kernel> {
             kernels.push(short_kernel(form, vectors, residual, dtype));
         }
     }
-    kernels.extend([DType::F32, DType::F16, DType::Bf16].map(pack_kernel));
+    kernels.extend([DType::F32, DType::F16, DType::Bf16].map(|d| pack_kernel(d, false)));
+    kernels.push(pack_kernel(DType::F32, true));
     for kind in [Quantization::Q8, Quantization::Q4] {
         kernels.extend([true, false].map(|trans| unpack_kernel(trans, kind)));
     }

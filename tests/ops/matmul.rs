@@ -203,9 +203,9 @@ fn a_long_sum_into_a_small_result_is_split_and_exact() {
     }
 }
 
-/// Rows of 4,096 bytes, which CPU drivers copy apart; 17 panels of 32 columns, which they pass over in fours.
+/// 17 panels of 32 columns, which CPU drivers pass over in fours.
 #[test]
-fn rows_that_collide_in_a_cache_and_many_panels_match_f64() {
+fn many_panels_match_f64() {
     let mut rng = rng(4);
     for (a_batched, trans_a) in [(false, false), (true, false), (false, true)] {
         let case = Case {

@@ -49,16 +49,6 @@ fn packs_a(o: &Operands<'_>, g: &Geometry) -> bool {
             .iter()
             .all(|v| v.is_multiple_of(4))
         || !(o.options.trans_a || g.k.is_multiple_of(4))
-        || spreads_a(o, g)
-}
-
-/// Whether it is worth a copy of `a` that its rows do not collide: they are read once for each 32 columns of c.
-fn spreads_a(o: &Operands<'_>, g: &Geometry) -> bool {
-    !o.options.trans_a
-        && rows::collide(g.lda)
-        && g.m >= rows::TILE[0]
-        && g.n >= 16 * rows::TILE[1]
-        && g.batch * g.m * g.lda * 4 <= rows::pack_limit(o.a)
 }
 
 /// Whether `c` has so few columns that a tile of 32 is half empty, and enough rows to be a tile's columns instead.
@@ -155,7 +145,7 @@ fn launch_rows(o: &Operands<'_>, g: &Geometry) {
             row_stride: g.lda,
             ..strided(g.a_start, g.a_batch)
         };
-        (a_start, lda) = (0, rows::row_width(columns));
+        (a_start, lda) = (0, columns.next_multiple_of(4));
         a = rows::padded_rows(o.a, &source, lda);
         a_batch = if a_batch == 0 { 0 } else { rows * lda };
     }
