@@ -22,7 +22,7 @@ const RUN: usize = 128;
 /// Rows of `a` from which packing `b` pays: its own rows lie pages apart, or a power of two, and share a cache's few places.
 pub(crate) const PACKED_ROWS: usize = 256;
 
-/// Parameters of `wgsl/matmul_rows.wgsl`, where they are described.
+/// Parameters of `wgsl/matmul_rows.wgsl` and `wgsl/matmul_short.wgsl`, described in the former and in `wgsl/common/rows_product.wgsl`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
 pub(crate) struct RowsParams {
