@@ -84,19 +84,19 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         for (var v = 0u; v < VECTORS; v++) {
             row[v] = a[a_at + along[v]];
         }
-        // Two rows at once use what is read of `held` twice.
+        // Two rows at once use what is read of `held` twice. The bias comes last, as in `matmul_rows`: the same bits.
         for (var r = 0u; r < 8u; r += 2u) {
-            var sum = added;
-            var below = added;
+            var sum = vec4<f32>();
+            var below = vec4<f32>();
             for (var v = 0u; v < VECTORS; v++) {
                 sum = terms(sum, from_lane(row[v], r), held[v]);
                 below = terms(below, from_lane(row[v], r + 1u), held[v]);
             }
             if inside && first + r < end {
-                store(c_at, sum);
+                store(c_at, sum + added);
             }
             if inside && first + r + 1u < end {
-                store(c_at + p.ldc / 4u, below);
+                store(c_at + p.ldc / 4u, below + added);
             }
             c_at += p.ldc / 2u;
         }

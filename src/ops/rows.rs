@@ -22,7 +22,7 @@ const RUN: usize = 128;
 /// Rows of `a` from which packing `b` pays: its own rows lie pages apart, or a power of two, and share a cache's few places.
 pub(crate) const PACKED_ROWS: usize = 256;
 
-/// Parameters of `wgsl/matmul_rows.wgsl` and `wgsl/matmul_short.wgsl`, described in the former and in `wgsl/common/rows_product.wgsl`.
+/// Parameters of `wgsl/common/rows_product.wgsl`, described in `wgsl/matmul_rows.wgsl`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
 pub(crate) struct RowsParams {
@@ -83,7 +83,8 @@ impl Form {
     }
 }
 
-/// Rows of a workgroup whose loads `lanes` threads share, for `m` in all: [`TALL`] unless their last tile is much emptier.
+/// Rows of a workgroup whose loads `lanes` threads share, for `m` in all: [`TALL`] unless their last tile is much emptier, and
+/// [`NARROW`] where one tile of them holds all.
 fn tile_rows(form: Form, lanes: u32, m: usize) -> usize {
     if form.column() || lanes == 1 {
         return TILE[0];

@@ -66,64 +66,9 @@ fn turns(o: &Operands<'_>, g: &Geometry) -> bool {
         && whole.iter().all(|v| v.is_multiple_of(4))
 }
 
-/// cᵀ = bᵀ·aᵀ by `matmul_rows`, stored as c.
-fn launch_turned(o: &Operands<'_>, g: &Geometry) {
-    let (mut a, mut a_start, mut a_batch, mut lda) =
-        (o.b.tensor().clone(), g.b_start, g.b_batch, g.ldb);
-    let column = o.options.trans_a;
-    if !column && !o.options.trans_b {
-        let source = Strided {
-            batch: if a_batch == 0 { 1 } else { g.batch },
-            blocks: 1,
-            rows: g.n,
-            columns: g.k,
-            reversed: false,
-            start: a_start,
-            batch_stride: a_batch,
-            block_stride: 0,
-            row_stride: 1,
-            column_stride: lda,
-        };
-        a = rows::padded_rows(&a, &source, g.k);
-        (a_start, a_batch, lda) = (0, if a_batch == 0 { 0 } else { g.n * g.k }, g.k);
-    }
-    let padded_k = if column { g.k } else { g.k.next_multiple_of(4) };
-    let segment = padded_k.div_ceil(g.splits).next_multiple_of(4).max(4);
-    let params = RowsParams {
-        m: g.n as u32,
-        n: g.m as u32,
-        k: padded_k as u32,
-        splits: g.splits as u32,
-        a_start: (a_start / 4) as u32,
-        a_batch: (a_batch / 4) as u32,
-        stride_x: (lda / 4) as u32,
-        segments: g.splits as u32,
-        segment: segment as u32,
-        segment_stride: (segment * if column { lda } else { 1 } / 4) as u32,
-        b_start: (g.a_start / 4) as u32,
-        b_batch: (g.a_batch / 4) as u32,
-        b_row: (g.lda / 4) as u32,
-        b_panel: (rows::TILE[1] / 4) as u32,
-        ldc: g.ldc as u32,
-        c_start: g.c_start as u32,
-        c_batch: g.c_batch as u32,
-        ..RowsParams::default()
-    };
-    let form = if column {
-        Form::ColumnTurned
-    } else {
-        Form::AlongTurned
-    };
-    rows::product(form, [&a, o.a, o.c], None, None, &params, g.batch);
-}
-
-/// The product by `matmul_rows`, operands packed where they must be.
-fn launch_rows(o: &Operands<'_>, g: &Geometry) {
-    if turns(o, g) {
-        return launch_turned(o, g);
-    }
-    let (ta, tb) = (o.options.trans_a, o.options.trans_b);
-    let strided = |start, batch_stride| Strided {
+/// A matrix of each product's or one for all, begun at `start`, to be packed: its rows and columns are yet to be said.
+fn strided(g: &Geometry, start: usize, batch_stride: usize) -> Strided {
+    Strided {
         batch: if batch_stride == 0 { 1 } else { g.batch },
         blocks: 1,
         rows: 0,
@@ -134,23 +79,93 @@ fn launch_rows(o: &Operands<'_>, g: &Geometry) {
         block_stride: 0,
         row_stride: 0,
         column_stride: 1,
+    }
+}
+
+/// Parameters of a product of `k` terms, `column` where `a` is contiguous along m, of where `a` lies (start, batch, line)
+/// and `b` (and panel), all in elements.
+fn rows_params(
+    g: &Geometry,
+    (k, column): (usize, bool),
+    [a_start, a_batch, lda]: [usize; 3],
+    [b_start, b_batch, b_row, b_panel]: [usize; 4],
+) -> RowsParams {
+    // Parts of k are segments; those of row form start at a vec4.
+    let segment = k.div_ceil(g.splits).next_multiple_of(4).max(4);
+    RowsParams {
+        m: g.m as u32,
+        n: g.n as u32,
+        k: k as u32,
+        splits: g.splits as u32,
+        a_start: (a_start / 4) as u32,
+        a_batch: (a_batch / 4) as u32,
+        stride_x: (lda / 4) as u32,
+        segments: g.splits as u32,
+        segment: segment as u32,
+        segment_stride: (segment * if column { lda } else { 1 } / 4) as u32,
+        b_start: (b_start / 4) as u32,
+        b_batch: (b_batch / 4) as u32,
+        b_row: (b_row / 4) as u32,
+        b_panel: (b_panel / 4) as u32,
+        ldc: g.ldc as u32,
+        c_start: g.c_start as u32,
+        c_batch: g.c_batch as u32,
+        bias_start: g.bias_start as u32,
+        ..RowsParams::default()
+    }
+}
+
+/// cᵀ = bᵀ·aᵀ by `matmul_rows`, stored as c.
+fn launch_turned(o: &Operands<'_>, g: &Geometry) {
+    let (ta, tb) = (o.options.trans_a, o.options.trans_b);
+    let (mut a, mut at) = (o.b.tensor().clone(), [g.b_start, g.b_batch, g.ldb]);
+    let form = if ta {
+        Form::ColumnTurned
+    } else {
+        Form::AlongTurned
     };
+    if !(ta || tb) {
+        let source = Strided {
+            rows: g.n,
+            columns: g.k,
+            row_stride: 1,
+            column_stride: g.ldb,
+            ..strided(g, g.b_start, g.b_batch)
+        };
+        a = rows::padded_rows(&a, &source, g.k);
+        at = [0, if g.b_batch == 0 { 0 } else { g.n * g.k }, g.k];
+    }
+    let b_at = [g.a_start, g.a_batch, g.lda, rows::TILE[1]];
+    let params = RowsParams {
+        m: g.n as u32,
+        n: g.m as u32,
+        ..rows_params(g, (g.k, ta), at, b_at)
+    };
+    rows::product(form, [&a, o.a, o.c], None, None, &params, g.batch);
+}
+
+/// The product by `matmul_rows`, operands packed where they must be.
+fn launch_rows(o: &Operands<'_>, g: &Geometry) {
+    if turns(o, g) {
+        return launch_turned(o, g);
+    }
+    let (ta, tb) = (o.options.trans_a, o.options.trans_b);
     let padded_k = if ta { g.k } else { g.k.next_multiple_of(4) };
-    let (mut a, mut a_start, mut a_batch, mut lda) = (o.a.clone(), g.a_start, g.a_batch, g.lda);
+    let (mut a, mut a_at) = (o.a.clone(), [g.a_start, g.a_batch, g.lda]);
     if packs_a(o, g) {
         let (rows, columns) = if ta { (g.k, g.m) } else { (g.m, g.k) };
         let source = Strided {
             rows,
             columns,
             row_stride: g.lda,
-            ..strided(g.a_start, g.a_batch)
+            ..strided(g, g.a_start, g.a_batch)
         };
-        (a_start, lda) = (0, columns.next_multiple_of(4));
-        a = rows::padded_rows(o.a, &source, lda);
-        a_batch = if a_batch == 0 { 0 } else { rows * lda };
+        let line = columns.next_multiple_of(4);
+        a = rows::padded_rows(o.a, &source, line);
+        a_at = [0, if g.a_batch == 0 { 0 } else { rows * line }, line];
     }
-    let (mut b, mut b_start, mut b_batch) = (o.b.tensor().clone(), g.b_start, g.b_batch);
-    let (mut b_row, mut b_panel) = (g.ldb, rows::TILE[1]);
+    let mut b = o.b.tensor().clone();
+    let mut b_at = [g.b_start, g.b_batch, g.ldb, rows::TILE[1]];
     let packed = packs_b(o, g);
     let form = match (ta, tb && !packed) {
         (true, _) => Form::Column,
@@ -164,42 +179,22 @@ fn launch_rows(o: &Operands<'_>, g: &Geometry) {
             columns: g.n,
             row_stride,
             column_stride,
-            ..strided(g.b_start, g.b_batch)
+            ..strided(g, g.b_start, g.b_batch)
         };
         b = match o.b {
             Right::Float(b) => rows::panels(b, &source),
             Right::Quantized(b) => rows::unpacked_panels(b, &source),
         };
-        (b_start, b_row, b_panel) = (0, rows::TILE[1], g.k.next_multiple_of(4) * rows::TILE[1]);
-        b_batch = if b_batch == 0 {
-            0
-        } else {
-            b_panel * g.n.div_ceil(rows::TILE[1])
-        };
+        let panel = g.k.next_multiple_of(4) * rows::TILE[1];
+        let all = panel * g.n.div_ceil(rows::TILE[1]);
+        b_at = [
+            0,
+            if g.b_batch == 0 { 0 } else { all },
+            rows::TILE[1],
+            panel,
+        ];
     }
-    // Parts of k are segments; those of row form start at a vec4.
-    let segment = padded_k.div_ceil(g.splits).next_multiple_of(4).max(4);
-    let params = RowsParams {
-        m: g.m as u32,
-        n: g.n as u32,
-        k: padded_k as u32,
-        splits: g.splits as u32,
-        a_start: (a_start / 4) as u32,
-        a_batch: (a_batch / 4) as u32,
-        stride_x: (lda / 4) as u32,
-        segments: g.splits as u32,
-        segment: segment as u32,
-        segment_stride: (segment * if ta { lda } else { 1 } / 4) as u32,
-        b_start: (b_start / 4) as u32,
-        b_batch: (b_batch / 4) as u32,
-        b_row: (b_row / 4) as u32,
-        b_panel: (b_panel / 4) as u32,
-        ldc: g.ldc as u32,
-        c_start: g.c_start as u32,
-        c_batch: g.c_batch as u32,
-        bias_start: g.bias_start as u32,
-        ..RowsParams::default()
-    };
+    let params = rows_params(g, (padded_k, ta), a_at, b_at);
     let (bias, residual) = (o.options.bias, o.options.ending.map(Ending::tensor));
     rows::product(form, [&a, &b, o.c], bias, residual, &params, g.batch);
 }
