@@ -48,7 +48,7 @@ const LOADS: u32 = SHARED * ALONG_K / LANES;
 const BLOCKS: u32 = ROWS / SHARED;
 
 // Four k of b for this thread's columns, of what is loaded along its lines.
-fn turned(loaded: mat4x4<f32>) -> mat4x4<f32> {
+fn lines_of(loaded: mat4x4<f32>) -> mat4x4<f32> {
 #ifdef ALONG
     return transpose(loaded);
 #else
@@ -57,7 +57,7 @@ fn turned(loaded: mat4x4<f32>) -> mat4x4<f32> {
 }
 
 fn lines(at: vec4<u32>) -> mat4x4<f32> {
-    return turned(mat4x4<f32>(b[at.x], b[at.y], b[at.z], b[at.w]));
+    return lines_of(mat4x4<f32>(b[at.x], b[at.y], b[at.z], b[at.w]));
 }
 
 // Of two places, that of a thread's vector l of those that threads share.
@@ -182,7 +182,7 @@ fn main(
             sum[r] = terms(sum[r], from_lane(held[i / LANES], i % LANES), first);
             loaded[r] = b[b0[r] + b_at + b_step];
         }
-        let second = turned(loaded);
+        let second = lines_of(loaded);
         for (var r = 0u; r < SHARED; r++) {
             let i = r * ALONG_K + 1u;
             sum[r] = terms(sum[r], from_lane(held[i / LANES], i % LANES), second);

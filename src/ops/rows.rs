@@ -1,5 +1,5 @@
 //! The matrix product for drivers that run on the CPU, shared by matmul and conv2d: operands are
-//! brought into f32 vec4 form where they are not, then one kernel does every product.
+//! brought into f32 vec4 form where they are not, then `matmul_rows` multiplies them, or `matmul_short` where sums are short.
 
 use super::{dispatch_work, matmul::limit, shared_loads, shares_loads};
 use crate::gpu::Kernel;

@@ -31,6 +31,7 @@ pub(super) struct Params {
 /// Whether the CPU kernel takes `b` in panels: it reads f32 lines in whole vec4s, and packing for many rows costs little.
 pub(super) fn packs_b(o: &Operands<'_>, g: &Geometry) -> bool {
     o.choice.variant == Variant::Rows
+        && !turns(o, g)
         && (o.options.trans_a && o.options.trans_b
             || o.b.storage() != Storage::Float(DType::F32)
             || ![g.ldb, g.b_start, g.b_batch]
